@@ -1,0 +1,185 @@
+package api
+
+import (
+	"context"
+	"errors"
+	"net/http"
+	"time"
+
+	"github.com/openlock/openlock/internal/auth"
+	"github.com/openlock/openlock/internal/store"
+)
+
+type organizationBody struct {
+	ID        string `json:"id"`
+	Name      string `json:"name"`
+	CreatedAt string `json:"createdAt"`
+}
+
+func showOrganization(o store.Organization) organizationBody {
+	return organizationBody{o.ID, o.Name, wireTime(o.CreatedAt)}
+}
+
+func (s *Server) createOrganization(c *call) error {
+	var in struct {
+		ID   opt[string] `json:"id"`
+		Name opt[string] `json:"name"`
+	}
+	if err := c.decode(&in); err != nil {
+		return err
+	}
+	if err := first(text("id", in.ID, 1, nameMost), text("name", in.Name, 0, nameMost)); err != nil {
+		return err
+	}
+	o, err := s.registry.CreateOrganization(c.r.Context(), in.ID.V, in.Name.V)
+	if err != nil {
+		return err
+	}
+	c.json(http.StatusCreated, showOrganization(o))
+	return nil
+}
+
+func (s *Server) listOrganizations(c *call) error {
+	all, err := s.registry.Organizations(c.r.Context())
+	if err != nil {
+		return err
+	}
+	shown := []organizationBody{}
+	for _, o := range all {
+		shown = append(shown, showOrganization(o))
+	}
+	c.json(http.StatusOK, map[string]any{"organizations": shown})
+	return nil
+}
+
+// credentialBody shows an API key or a client. Secret is there only in the
+// answer that made it.
+type credentialBody struct {
+	ID        string   `json:"id"`
+	OrgID     string   `json:"orgId"`
+	Name      string   `json:"name,omitempty"`
+	Super     bool     `json:"super,omitempty"`
+	Scopes    []string `json:"scopes"`
+	CreatedAt string   `json:"createdAt"`
+	ExpiresAt string   `json:"expiresAt,omitempty"`
+	RevokedAt string   `json:"revokedAt,omitempty"`
+	UsedAt    string   `json:"lastUsedAt,omitempty"`
+	Secret    string   `json:"secret,omitempty"`
+}
+
+func showCredential(x store.Credential, secret string) credentialBody {
+	return credentialBody{
+		ID: x.ID, OrgID: x.Org, Name: x.Name, Super: x.Super, Scopes: append([]string{}, x.Scopes...), Secret: secret,
+		CreatedAt: wireTime(x.CreatedAt), ExpiresAt: wireTimeIf(x.ExpiresAt),
+		RevokedAt: wireTimeIf(x.RevokedAt), UsedAt: wireTimeIf(x.UsedAt),
+	}
+}
+
+func wireTimeIf(t time.Time) string {
+	if t.IsZero() {
+		return ""
+	}
+	return wireTime(t)
+}
+
+func (s *Server) createKey(c *call) error    { return s.createCredential(c, store.APIKey) }
+func (s *Server) createClient(c *call) error { return s.createCredential(c, store.Client) }
+func (s *Server) listKeys(c *call) error     { return s.listCredentials(c, store.APIKey) }
+func (s *Server) listClients(c *call) error  { return s.listCredentials(c, store.Client) }
+
+func (s *Server) createCredential(c *call, kind store.CredentialKind) error {
+	var in struct {
+		Name    opt[string]   `json:"name"`
+		Scopes  opt[[]string] `json:"scopes"`
+		Expires opt[int64]    `json:"expiresInSeconds"`
+	}
+	if err := c.decode(&in); err != nil {
+		return err
+	}
+	if err := first(text("name", in.Name, 0, nameMost), seconds("expiresInSeconds", in.Expires, 1)); err != nil {
+		return err
+	}
+	secret, made, err := s.registry.Create(c.r.Context(), auth.NewCredential{
+		Kind: kind, Org: c.r.PathValue("org"), Name: in.Name.V, Scopes: in.Scopes.V,
+		Expires: time.Duration(in.Expires.V) * time.Second,
+	})
+	if err != nil {
+		return err
+	}
+	c.json(http.StatusCreated, showCredential(made, secret))
+	return nil
+}
+
+func (s *Server) listCredentials(c *call, kind store.CredentialKind) error {
+	org := c.r.PathValue("org")
+	if _, err := s.db.Organization(c.r.Context(), org); err != nil {
+		return errors.Join(store.ErrNoOrganization, err)
+	}
+	all, err := s.registry.List(c.r.Context(), org, kind)
+	if err != nil {
+		return err
+	}
+	shown := []credentialBody{}
+	for _, x := range all {
+		shown = append(shown, showCredential(x, ""))
+	}
+	c.json(http.StatusOK, map[string]any{string(kind) + "s": shown})
+	return nil
+}
+
+// rotate makes a successor; the old one lives on for the overlap.
+func (s *Server) rotate(c *call) error {
+	var in struct {
+		Overlap opt[int64] `json:"overlapSeconds"`
+	}
+	if err := c.decode(&in); err != nil {
+		return err
+	}
+	if err := seconds("overlapSeconds", in.Overlap, 0); err != nil {
+		return err
+	}
+	secret, made, err := s.registry.Rotate(c.r.Context(), c.r.PathValue("org"), c.r.PathValue("credential"), time.Duration(in.Overlap.V)*time.Second)
+	if err != nil {
+		return err
+	}
+	c.json(http.StatusCreated, showCredential(made, secret))
+	return nil
+}
+
+func (s *Server) revoke(c *call) error {
+	return s.done(c, s.registry.Revoke(c.r.Context(), c.r.PathValue("org"), c.r.PathValue("credential")))
+}
+
+func (s *Server) suspendUser(c *call) error {
+	return s.named(c, "user", s.registry.SuspendUser)
+}
+
+func (s *Server) reactivateUser(c *call) error {
+	return s.named(c, "user", s.registry.ReactivateUser)
+}
+
+func (s *Server) revokeToken(c *call) error {
+	return s.named(c, "jti", s.registry.RevokeToken)
+}
+
+// named runs what needs nothing but a name out of the path.
+func (s *Server) named(c *call, value string, do func(context.Context, string) error) error {
+	return s.done(c, do(c.r.Context(), c.r.PathValue(value)))
+}
+
+func (s *Server) done(c *call, err error) error {
+	if err == nil {
+		c.json(http.StatusOK, map[string]bool{"success": true})
+	}
+	return err
+}
+
+// secondsMost is a hundred years.
+const secondsMost = 100 * 365 * 24 * 3600
+
+func seconds(name string, o opt[int64], least int64) error {
+	if o.Set && (o.V < least || o.V > secondsMost) {
+		return fail(http.StatusBadRequest, "%s must be from %d to %d", name, least, int64(secondsMost))
+	}
+	return nil
+}

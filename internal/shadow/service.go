@@ -1,0 +1,280 @@
+package shadow
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+
+	"github.com/go-json-experiment/json/jsontext"
+	"github.com/openlock/openlock/internal/clock"
+	"github.com/openlock/openlock/internal/keyed"
+)
+
+// Row is a shadow as it is stored.
+type Row struct {
+	Thing, Name string
+	Document    []byte // Document.Encode
+}
+
+// ErrNoDocument says that a shadow was never stored.
+var ErrNoDocument = errors.New("shadow: no document")
+
+// Storage is where shadows last.
+type Storage interface {
+	// LoadShadow refuses with ErrNoDocument.
+	LoadShadow(context.Context, Address) ([]byte, error)
+	// SaveShadows returns once the rows are durable, all or none of them.
+	SaveShadows(context.Context, ...Row) error
+}
+
+// Bus takes messages to devices.
+type Bus interface {
+	// Publish sends to whoever has subscribed, with QoS 1 and never retained. It
+	// does not wait for delivery.
+	Publish(topic string, payload []byte)
+	// Present says whether a thing has a live session that would receive commands.
+	Present(thing string) bool
+	// Command sends to one thing's live session. After until nothing of it may
+	// reach a wire any more: a session that has not acknowledged by then is reset.
+	// acked is called once the device has acknowledged. Refuses with ErrOffline
+	// when nothing was or will be sent.
+	Command(thing, topic string, payload []byte, until clock.Deadline, acked func()) error
+}
+
+// ErrOffline says that a thing has no live session: nothing was sent to it and
+// nothing waits for it.
+var ErrOffline = errors.New("shadow: the device is offline")
+
+// Report is what a device says in reported.openResult about one command.
+type Report struct {
+	ID     string `json:"id"`
+	Result string `json:"result"` // "opened", "refused" or "failed"
+	At     int64  `json:"at"`     // epoch ms by the device's clock
+	Reason string `json:"reason"` // "jammed", "low_battery" …
+}
+
+// Fields of the classic shadow that only the command path and the device's own
+// reports may touch.
+const (
+	openField   = "open"
+	resultField = "openResult"
+)
+
+// Service is the embedded Device Shadow service. It keeps the documents, answers
+// get, update and delete, and is the way of commands to devices: only Stage puts
+// an open into a desired state, and nobody is ever shown one that this process
+// did not stage itself or whose time is over.
+type Service struct {
+	docs    Storage
+	bus     Bus
+	clock   clock.Clock
+	log     *slog.Logger
+	reports func(context.Context, string, Report) error
+
+	things keyed.Mutex[string] // serialises work on one thing's shadows
+	mu     sync.Mutex
+	live   map[string]live // by thing
+}
+
+// live is the command that a thing may be shown.
+type live struct {
+	id    string
+	until clock.Deadline
+}
+
+// NewService makes the service. reports is called with every outcome that a
+// device reports, before the report is accepted; if it fails, so does the
+// device's update, and the device reports again.
+func NewService(docs Storage, bus Bus, c clock.Clock, log *slog.Logger, reports func(ctx context.Context, thing string, r Report) error) *Service {
+	return &Service{docs: docs, bus: bus, clock: c, log: log, reports: reports, live: map[string]live{}}
+}
+
+// Handle answers a request that arrived at a request topic from a thing's own
+// authenticated connection, by publishing to the response topics.
+func (s *Service) Handle(ctx context.Context, from string, a Address, op Operation, payload []byte) {
+	body, err := s.do(ctx, from, a, op, payload)
+	if err == nil {
+		if op != OpUpdate { // update has published, in order with its delta
+			s.bus.Publish(a.Topic(string(op)+"/accepted"), body)
+		}
+		return
+	}
+	var no *Error
+	if !errors.As(err, &no) {
+		s.log.Error("shadow request failed", "thing", a.Thing, "shadow", a.Name, "operation", op, "error", err)
+		no = ErrInternal
+	}
+	s.bus.Publish(a.Topic(string(op)+"/rejected"), no.Rejected(s.clock.Wall()))
+}
+
+func (s *Service) do(ctx context.Context, from string, a Address, op Operation, payload []byte) ([]byte, error) {
+	switch op {
+	case OpGet:
+		return s.get(ctx, a, payload)
+	case OpDelete:
+		return s.delete(ctx, a, payload)
+	default:
+		return s.update(ctx, from, a, payload)
+	}
+}
+
+func (s *Service) get(ctx context.Context, a Address, payload []byte) ([]byte, error) {
+	token, err := ParseRequest(payload)
+	if err != nil {
+		return nil, err
+	}
+	defer s.things.Lock(a.Thing)()
+	doc, err := s.load(ctx, a)
+	if err != nil {
+		return nil, err
+	}
+	if !doc.Exists() {
+		return nil, notFound(a).For(token)
+	}
+	return s.view(a, doc).GetAccepted(token, s.clock.Wall()), nil
+}
+
+func (s *Service) delete(ctx context.Context, a Address, payload []byte) ([]byte, error) {
+	token, err := ParseRequest(payload)
+	if err != nil {
+		return nil, err
+	}
+	defer s.things.Lock(a.Thing)()
+	doc, err := s.load(ctx, a)
+	if err != nil {
+		return nil, err
+	}
+	if !doc.Exists() {
+		return nil, notFound(a).For(token)
+	}
+	gone := doc.Delete()
+	if err := s.docs.SaveShadows(ctx, row(a, gone)); err != nil {
+		return nil, err
+	}
+	return DeleteAccepted(gone, token, s.clock.Wall()), nil
+}
+
+func (s *Service) update(ctx context.Context, from string, a Address, payload []byte) ([]byte, error) {
+	u, err := ParseUpdate(payload)
+	if err != nil {
+		return nil, err
+	}
+	if err := s.hear(ctx, from, a, u); err != nil {
+		return nil, err
+	}
+	defer s.things.Lock(a.Thing)()
+	before, err := s.load(ctx, a)
+	if err != nil {
+		return nil, err
+	}
+	if commands(a, u, before) {
+		return nil, ErrForbidden.For(u.ClientToken)
+	}
+	after, err := before.Apply(u, s.clock.Wall())
+	if err != nil {
+		return nil, err
+	}
+	if err := s.docs.SaveShadows(ctx, row(a, after)); err != nil {
+		return nil, err
+	}
+	now := s.clock.Wall()
+	accepted := UpdateAccepted(u, after, now)
+	s.bus.Publish(a.Topic("update/accepted"), accepted)
+	shown := s.view(a, after)
+	if delta, differs := shown.Delta(u.ClientToken, now); differs {
+		s.bus.Publish(a.Topic("update/delta"), delta)
+	}
+	s.bus.Publish(a.Topic("update/documents"), Documents(s.view(a, before), shown, u.ClientToken, now))
+	return accepted, nil
+}
+
+// commands says whether an update would touch the command in a desired state,
+// which is for Stage alone.
+func commands(a Address, u Update, d Document) bool {
+	if a.Name != "" || !u.DesiredHas(openField) {
+		return false
+	}
+	_, holds := d.Desired(openField)
+	return holds || u.Desired.raw.Kind() != jsontext.KindNull
+}
+
+// hear passes a reported outcome on. Only the thing itself may speak of what
+// its door did.
+func (s *Service) hear(ctx context.Context, from string, a Address, u Update) error {
+	result, ended := u.Reports(resultField)
+	_, echoed := u.Reports(openField)
+	if a.Name != "" || !ended && !echoed {
+		return nil
+	}
+	if from != a.Thing {
+		return ErrForbidden.For(u.ClientToken)
+	}
+	if !ended || string(result) == "null" {
+		return nil
+	}
+	r, err := parseReport(result)
+	if err != nil {
+		return (&Error{Code: 400, Message: err.Error()}).For(u.ClientToken)
+	}
+	return s.reports(ctx, a.Thing, r)
+}
+
+// view is a document as it may be shown: without a command that is not live.
+func (s *Service) view(a Address, d Document) Document {
+	raw, ok := d.Desired(openField)
+	if !ok || a.Name != "" {
+		return d
+	}
+	if s.shows(a.Thing, commandID(raw)) {
+		return d
+	}
+	return d.Without(openField)
+}
+
+// shows says whether a command may be shown to its thing now.
+func (s *Service) shows(thing, id string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	l, ok := s.live[thing]
+	return ok && l.id == id && !s.clock.Passed(l.until)
+}
+
+// show lets a command be shown in place of the one before it.
+func (s *Service) show(thing string, l live) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.live[thing] = l
+}
+
+// hide lets a command be shown no more.
+func (s *Service) hide(thing, id string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.live[thing].id == id {
+		delete(s.live, thing)
+	}
+}
+
+func (s *Service) load(ctx context.Context, a Address) (Document, error) {
+	b, err := s.docs.LoadShadow(ctx, a)
+	if errors.Is(err, ErrNoDocument) {
+		return Document{}, nil
+	}
+	if err != nil {
+		return Document{}, fmt.Errorf("load shadow of %s: %w", a.Thing, err)
+	}
+	return DecodeDocument(b)
+}
+
+func row(a Address, d Document) Row {
+	return Row{Thing: a.Thing, Name: a.Name, Document: d.Encode()}
+}
+
+func notFound(a Address) *Error {
+	if a.Name != "" {
+		return NotFound(a.Name)
+	}
+	return NotFound(a.Thing)
+}
