@@ -66,7 +66,10 @@ func demo(ctx context.Context, out, errOut io.Writer, address string, once bool)
 		return err
 	}
 	defer func() { err = errors.Join(err, stop()) }()
-	if err := d.open(ctx); err != nil || once {
+	if err = d.open(ctx); err != nil && ctx.Err() != nil {
+		err = errors.New("the demo was ended before the door had opened")
+	}
+	if err != nil || once {
 		return err
 	}
 	d.invite()

@@ -35,23 +35,33 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 		Writer:         stdout,
 		ErrWriter:      stderr,
 		ExitErrHandler: func(context.Context, *cli.Command, error) {}, // main prints it, once
-		OnUsageError: func(_ context.Context, cmd *cli.Command, err error, _ bool) error {
-			return fmt.Errorf("%w; see `%s --help`", err, cmd.FullName())
-		},
+		ArgValidator:   surplus,
 		Commands: []*cli.Command{
 			serveCommand(), demoCommand(), organizationCommand(),
 			credentialCommand("key", "API keys of organizations"),
 			credentialCommand("client", "OAuth clients of organizations' own services"),
 			tokenCommand(), userCommand(), deviceCommand(),
 		},
-		Action: func(_ context.Context, cmd *cli.Command) error {
-			if cmd.Args().Present() {
-				return fmt.Errorf("unknown command %q; see `openlock --help`", cmd.Args().First())
-			}
-			return cli.ShowAppHelp(cmd)
-		},
 	}
+	_ = root.Walk(func(cmd *cli.Command) error { // it is not inherited
+		cmd.OnUsageError = inOneLine
+		return nil
+	})
 	return root.Run(ctx, args)
+}
+
+// surplus refuses what a command would ignore: a misspelt subcommand, or an
+// argument where a flag was meant.
+func surplus(_ context.Context, cmd *cli.Command) error {
+	if cmd.ArgsUsage == "" && cmd.Args().Present() {
+		return fmt.Errorf("unknown argument %q; see `%s --help`", cmd.Args().First(), cmd.FullName())
+	}
+	return nil
+}
+
+// inOneLine says what is wrong instead of showing all that would be right.
+func inOneLine(_ context.Context, cmd *cli.Command, err error, _ bool) error {
+	return fmt.Errorf("%w; see `%s --help`", err, cmd.FullName())
 }
 
 // dataFlag names the data folder.

@@ -173,6 +173,13 @@ func (k credentials) revoke(ctx context.Context, cmd *cli.Command, f *folder, ou
 }
 
 func (k credentials) list(ctx context.Context, cmd *cli.Command, f *folder, out io.Writer) error {
+	if o := cmd.String("org"); o != "" {
+		if _, err := f.db.Organization(ctx, o); errors.Is(err, store.ErrNotFound) {
+			return store.ErrNoOrganization
+		} else if err != nil {
+			return err
+		}
+	}
 	all, err := f.registry.List(ctx, org(cmd), k.kind)
 	if err != nil {
 		return err
@@ -212,11 +219,15 @@ func mintToken(ctx context.Context, cmd *cli.Command, f *folder, out io.Writer) 
 	if err != nil {
 		return err
 	}
+	ttl := cmd.Duration("ttl")
+	if ttl < time.Second {
+		return fmt.Errorf("--ttl is %s: a token lasts a second at least", ttl)
+	}
 	builtin, err := f.builtin(ctx, cmd.String("public-url"), "http://127.0.0.1:8787")
 	if err != nil {
 		return err
 	}
-	token, _, err := builtin.User(user, cmd.Duration("ttl"), f.clock.Wall())
+	token, _, err := builtin.User(user, ttl, f.clock.Wall())
 	if err == nil {
 		fmt.Fprintln(out, token)
 	}

@@ -58,7 +58,7 @@ func newRig(t testing.TB, change ...func(*config)) *rig {
 	t.Cleanup(func() {
 		r.down()
 		if t.Failed() {
-			t.Logf("server log:\n%s", r.log)
+			t.Logf("end of the server's log:\n%s", r.log.tail(8<<10))
 		}
 	})
 	return r
@@ -170,6 +170,11 @@ func (r *rig) send(method, path string, c creds, body any, headers ...string) re
 }
 
 func (r *rig) try(method, path string, c creds, body any, headers ...string) (a reply, err error) {
+	return sendTo(r.client, r.url(), method, path, c, body, headers...)
+}
+
+// sendTo sends a request to any server.
+func sendTo(client *http.Client, base, method, path string, c creds, body any, headers ...string) (a reply, err error) {
 	var b []byte
 	switch body := body.(type) {
 	case nil:
@@ -182,7 +187,7 @@ func (r *rig) try(method, path string, c creds, body any, headers ...string) (a 
 			return a, err
 		}
 	}
-	req, err := http.NewRequest(method, r.url()+path, bytes.NewReader(b))
+	req, err := http.NewRequest(method, base+path, bytes.NewReader(b))
 	if err != nil {
 		return a, err
 	}
@@ -198,7 +203,7 @@ func (r *rig) try(method, path string, c creds, body any, headers ...string) (a 
 	for i := 0; i+1 < len(headers); i += 2 {
 		req.Header.Set(headers[i], headers[i+1])
 	}
-	resp, err := r.client.Do(req)
+	resp, err := client.Do(req)
 	if err != nil {
 		return a, err
 	}
@@ -376,4 +381,9 @@ func (l *logBuffer) String() string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.b.String()
+}
+
+func (l *logBuffer) tail(most int) string {
+	s := l.String()
+	return s[max(0, len(s)-most):]
 }

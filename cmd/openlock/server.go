@@ -66,18 +66,25 @@ func openFolder(ctx context.Context, path string) (*folder, error) {
 	if err := os.MkdirAll(path, 0o700); err != nil {
 		return nil, fmt.Errorf("make the data folder: %w; choose another with --data", err)
 	}
-	probe, err := os.CreateTemp(path, ".writable-*")
-	if err != nil {
-		return nil, fmt.Errorf("the data folder %s cannot be written to (%w): choose another with --data, or give this user the right to write there", path, unwrapPath(err))
+	if err := writable(path); err != nil {
+		return nil, fmt.Errorf("the data folder %s cannot be written to (%w): choose another with --data, or give this user the right and the room to write there", path, unwrapPath(err))
 	}
-	_ = probe.Close()
-	_ = os.Remove(probe.Name())
 	db, err := store.Open(ctx, path)
 	if err != nil {
 		return nil, fmt.Errorf("open the data folder: %w", err)
 	}
 	c := clock.System()
 	return &folder{path: path, db: db, clock: c, registry: auth.NewRegistry(db, c)}, nil
+}
+
+// writable tries it out, with some bytes: a full disk still takes empty files.
+func writable(folder string) error {
+	probe, err := os.CreateTemp(folder, ".writable-*")
+	if err != nil {
+		return err
+	}
+	_, err = probe.Write(make([]byte, 4096))
+	return errors.Join(err, probe.Close(), os.Remove(probe.Name()))
 }
 
 func unwrapPath(err error) error {
@@ -128,8 +135,12 @@ func start(ctx context.Context, cfg config) (s *server, err error) {
 	if s.folder, err = openFolder(ctx, cfg.data); err != nil {
 		return s, err
 	}
-	if s.unlock, err = store.LockFolder(cfg.data); err != nil {
-		return s, fmt.Errorf("%w; stop it, or choose another folder with --data", err)
+	s.unlock, err = store.LockFolder(cfg.data)
+	if errors.Is(err, store.ErrLocked) {
+		err = fmt.Errorf("%w; stop it, or choose another folder with --data", err)
+	}
+	if err != nil {
+		return s, err
 	}
 	ca, err := s.ca()
 	if err != nil {
@@ -139,9 +150,7 @@ func start(ctx context.Context, cfg config) (s *server, err error) {
 	if err != nil {
 		return s, err
 	}
-	if s.broker, err = broker.New(cert, ca, s.clock, cfg.log); err != nil {
-		return s, err
-	}
+	s.broker = broker.New(cert, ca, s.clock, cfg.log)
 	s.control = control.New(s.db, s.clock, cfg.log, cfg.settings, func() string { return uuid.Must(uuid.NewV7()).String() })
 	shadows := shadow.NewService(s.db, s.broker, s.clock, cfg.log, s.control.Report)
 	s.control.Use(shadows)
@@ -226,9 +235,7 @@ func (s *server) serve(ctx context.Context, shadows *shadow.Service) error {
 	if err != nil {
 		return err
 	}
-	if err := s.broker.Serve(s.mqtt.(*net.TCPListener), shadows.Handle); err != nil {
-		return err
-	}
+	s.broker.Serve(s.mqtt.(*net.TCPListener), shadows.Handle)
 	s.web = &http.Server{
 		Handler:           handler,
 		ReadHeaderTimeout: 5 * time.Second,
@@ -288,7 +295,7 @@ func (s *server) close() error {
 	if err != nil {
 		err = errors.Join(fmt.Errorf("requests were still under way after %s: %w", s.config.drain, err), s.web.Close())
 	}
-	err = errors.Join(err, s.broker.Close())
+	s.broker.Close()
 	s.work.Wait()
 	return errors.Join(err, s.release())
 }

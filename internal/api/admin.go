@@ -99,6 +99,9 @@ func (s *Server) createCredential(c *call, kind store.CredentialKind) error {
 	if err := first(text("name", in.Name, 0, nameMost), seconds("expiresInSeconds", in.Expires, 1)); err != nil {
 		return err
 	}
+	if in.Scopes.Set && len(in.Scopes.V) == 0 {
+		return fail(http.StatusBadRequest, "scopes must not be empty; leave the field out for all of them")
+	}
 	secret, made, err := s.registry.Create(c.r.Context(), auth.NewCredential{
 		Kind: kind, Org: c.r.PathValue("org"), Name: in.Name.V, Scopes: in.Scopes.V,
 		Expires: time.Duration(in.Expires.V) * time.Second,
@@ -112,8 +115,12 @@ func (s *Server) createCredential(c *call, kind store.CredentialKind) error {
 
 func (s *Server) listCredentials(c *call, kind store.CredentialKind) error {
 	org := c.r.PathValue("org")
-	if _, err := s.db.Organization(c.r.Context(), org); err != nil {
-		return errors.Join(store.ErrNoOrganization, err)
+	_, err := s.db.Organization(c.r.Context(), org)
+	if errors.Is(err, store.ErrNotFound) {
+		return store.ErrNoOrganization
+	}
+	if err != nil {
+		return err
 	}
 	all, err := s.registry.List(c.r.Context(), org, kind)
 	if err != nil {

@@ -74,7 +74,7 @@ func (s *Server) announceUnserved(served map[string]bool) error {
 	}
 	for p, methods := range doc.Paths {
 		for m := range methods {
-			r := route{method: strings.ToUpper(m), path: p, who: known, do: (*Server).unserved}
+			r := route{method: strings.ToUpper(m), path: p, who: anybody, do: (*Server).unserved}
 			if !served[r.pattern()] {
 				s.mux.Handle(r.pattern(), s.handler(r))
 			}
@@ -115,7 +115,7 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 // noRoute tells an unknown path from a method that is not allowed.
 func (s *Server) noRoute(c *call) error {
 	var allowed []string
-	for _, m := range []string{http.MethodGet, http.MethodPost, http.MethodDelete} {
+	for _, m := range []string{http.MethodGet, http.MethodHead, http.MethodPost, http.MethodDelete} {
 		other := c.r.Clone(c.r.Context())
 		other.Method = m
 		if _, pattern := s.mux.Handler(other); pattern != "" {

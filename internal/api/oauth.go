@@ -85,6 +85,9 @@ func (s *Server) form(c *call) (url.Values, error) {
 // section 2.3).
 func clientCredentials(r *http.Request, form url.Values) (id, secret string, err error) {
 	id, secret, basic := r.BasicAuth()
+	if !basic && len(r.Header.Values("Authorization")) > 0 { // no falling back from what cannot be read
+		return "", "", oauthFail(http.StatusBadRequest, "invalid_request", "the Authorization header must be Basic, with the client's credentials")
+	}
 	if !basic {
 		return form.Get("client_id"), form.Get("client_secret"), nil
 	}

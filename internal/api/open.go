@@ -72,16 +72,14 @@ func (s *Server) openLock(c *call) error {
 	return nil
 }
 
-// notOpened is 502 for every way in which the device was not commanded, once
-// the caller was found to be allowed to.
+// notOpened is 502 when the device was not commanded.
 func notOpened(a control.Answer, err error) error {
-	known, ours := problemOf(err)
-	if !ours {
-		return known
+	if !errors.Is(err, control.ErrNotSent) {
+		return err
 	}
 	p := fail(http.StatusBadGateway, "%s", tellUnsent(a))
 	p.Reason, p.Command = "not_sent", showCommand(a.Command)
-	if !errors.Is(err, control.ErrNotSent) {
+	if a.Command == nil {
 		p.cause = err
 	}
 	return p

@@ -152,6 +152,9 @@ func (r *Registry) prepare(n NewCredential) (secret string, c store.Credential, 
 	if n.Expires < 0 {
 		return "", c, fmt.Errorf("%w: expiry must lie in the future", ErrInput)
 	}
+	if n.Org == OperatorOrg && !n.Super {
+		return "", c, fmt.Errorf("%w: the operator has super keys only: openlock key create --super", ErrInput)
+	}
 	if err := checkScopes(n.Scopes); err != nil {
 		return "", c, err
 	}

@@ -30,7 +30,12 @@ type Principal struct {
 }
 
 // Caller names the caller across credentials: organisation and actor.
-func (p Principal) Caller() string { return p.Org + "|" + p.Actor }
+func (p Principal) Caller() string {
+	if p.Super {
+		return OperatorOrg + "|" + p.Actor
+	}
+	return p.Org + "|" + p.Actor
+}
 
 // Authenticator makes principals out of requests.
 type Authenticator struct {
@@ -114,6 +119,7 @@ func join(key, token Principal) (Principal, error) {
 			Credentials: append(key.Standing.Credentials, token.Standing.Credentials...),
 			User:        token.Standing.User,
 			Token:       token.Standing.Token,
+			Expires:     token.Standing.Expires,
 		},
 	}, nil
 }
@@ -184,7 +190,7 @@ func (a *Authenticator) token(ctx context.Context, raw string) (Principal, error
 func (a *Authenticator) ofClaims(c Claims) Principal {
 	p := Principal{
 		Credential: "jwt:" + c.Issuer + "#" + c.ID,
-		Standing:   store.Standing{Token: c.ID},
+		Standing:   store.Standing{Token: c.ID, Expires: c.Expires.Add(leeway)},
 	}
 	if c.Org == "" {
 		p.Subject, p.Actor = access.Subject{User: c.Subject}, "user:"+c.Subject

@@ -1,61 +1,63 @@
-// Package broker is the embedded MQTT broker. Devices connect with TLS and a
-// client certificate; certificate, client id and thing are the same name, and a
-// device may publish, subscribe and leave a Last Will only under that name.
+// Package broker is where devices connect: MQTT 3.1.1 and 5 over TLS with client
+// certificates. Certificate, client id and thing are the same name, and a device
+// may publish, subscribe and leave a Last Will only under that name.
 //
-// It is the shadow service's Bus and no general message broker: what a device
-// publishes goes to the shadow service and to nobody else. Sessions are always
-// clean, so that nothing waits for a device that comes back.
+// It is the shadow service's Bus and no general message broker. What a device
+// publishes goes to the shadow service and to nobody else; what it is sent comes
+// from there. Sessions are always clean, so that nothing waits for a device that
+// comes back, and a message that carries a command has a deadline to the last
+// byte: see outbox.
 package broker
 
 import (
 	"context"
 	"crypto/tls"
+	"errors"
 	"log/slog"
 	"net"
 	"strings"
+	"sync"
+	"syscall"
 	"time"
 
-	mqtt "github.com/mochi-mqtt/server/v2"
-	"github.com/mochi-mqtt/server/v2/packets"
 	"github.com/openlock/openlock/internal/clock"
 	"github.com/openlock/openlock/internal/shadow"
+	"golang.org/x/sys/unix"
 )
 
 // Handler takes a shadow request from a thing's own authenticated connection.
 // The request is acknowledged to the device when it returns.
 type Handler func(ctx context.Context, thing string, a shadow.Address, op shadow.Operation, payload []byte)
 
-// Limits of a connection.
 const (
-	packetMost    = 64 << 10 // bytes
-	queuedMost    = 256      // messages waiting for a slow device
-	inflightMost  = 128      // messages unacknowledged
-	keepaliveMost = 1200     // seconds, as AWS IoT
+	// helloWithin bounds the TLS handshake, and then the wait for CONNECT.
+	helloWithin = 5 * time.Second
+	// userTimeout is how long sent bytes may stay unacknowledged by the device's
+	// TCP (TCP_USER_TIMEOUT): no more than a command's lifetime.
+	userTimeout = 10 * time.Second
+	// pauseFull is how long accepting rests when no file descriptor is free.
+	pauseFull = 100 * time.Millisecond
 )
 
-// Broker is the embedded broker.
+// Broker takes devices' connections.
 type Broker struct {
-	server *mqtt.Server
-	local  *mqtt.Client // publishes for the server
-	hook   *hook
 	tls    *tls.Config
 	clock  clock.Clock
 	log    *slog.Logger
+	handle Handler
+
+	closing context.Context
+	close   context.CancelFunc
+	work    sync.WaitGroup
+
+	mu       sync.Mutex
+	listener net.Listener
+	sessions map[string]*session // by thing
 }
 
 // New makes a broker that nobody can reach before Serve.
-func New(cert tls.Certificate, ca *CA, c clock.Clock, log *slog.Logger) (*Broker, error) {
-	caps := mqtt.NewDefaultServerCapabilities()
-	caps.MaximumQos = 1
-	caps.RetainAvailable, caps.SharedSubAvailable = 0, 0
-	caps.MaximumSessionExpiryInterval = 0
-	caps.MaximumClientWritesPending = queuedMost
-	caps.MaximumInflight, caps.ReceiveMaximum = inflightMost, inflightMost
-	caps.MaximumPacketSize = packetMost
-	caps.MinimumProtocolVersion = 4 // MQTT 3.1.1
+func New(cert tls.Certificate, ca *CA, c clock.Clock, log *slog.Logger) *Broker {
 	b := &Broker{
-		server: mqtt.New(&mqtt.Options{Capabilities: caps, Logger: slog.New(discreet{log.Handler()})}),
-		hook:   &hook{log: log},
 		tls: &tls.Config{
 			Certificates: []tls.Certificate{cert},
 			ClientAuth:   tls.RequireAndVerifyClientCert,
@@ -63,92 +65,154 @@ func New(cert tls.Certificate, ca *CA, c clock.Clock, log *slog.Logger) (*Broker
 			MinVersion:   tls.VersionTLS12,
 			NextProtos:   []string{"x-amzn-mqtt-ca", "mqtt"},
 		},
-		clock: c,
-		log:   log,
+		clock: c, log: log, sessions: map[string]*session{},
 	}
-	b.local = b.server.NewClient(nil, "local", "openlock", true)
-	b.local.Properties.ProtocolVersion = 5 // or message expiry is not passed on
-	return b, b.server.AddHook(b.hook, nil)
+	b.closing, b.close = context.WithCancel(context.Background())
+	return b
 }
 
 // Serve takes devices on a socket from now on, and gives their requests to h.
-func (b *Broker) Serve(tcp *net.TCPListener, h Handler) error {
-	b.hook.handle = h
-	if err := b.server.AddListener(newListener(tcp, b.tls, b.clock, b.log)); err != nil {
-		return err
-	}
-	return b.server.Serve()
+func (b *Broker) Serve(l *net.TCPListener, h Handler) {
+	b.handle, b.listener = h, l
+	b.work.Go(func() { b.accept(l) })
 }
 
-// Close disconnects every device and waits for their connections to end.
-func (b *Broker) Close() error { return b.server.Close() }
+func (b *Broker) accept(l *net.TCPListener) {
+	for {
+		c, err := l.AcceptTCP()
+		switch {
+		case errors.Is(err, net.ErrClosed):
+			return
+		case err != nil:
+			b.refused(err)
+			time.Sleep(pauseFull)
+		default:
+			b.work.Go(func() { b.shake(c) })
+		}
+	}
+}
+
+func (b *Broker) refused(err error) {
+	if errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE) {
+		b.log.Error("no file descriptor is free for another device: raise `ulimit -n`", "error", err)
+		return
+	}
+	b.log.Error("a device's connection could not be accepted", "error", err)
+}
+
+// shake does the TLS handshake and runs the session that follows.
+func (b *Broker) shake(tcp *net.TCPConn) {
+	defer func() { _ = tcp.Close() }()
+	defer context.AfterFunc(b.closing, func() { _ = tcp.SetReadDeadline(time.Now()) })() // the session then ends itself
+	if err := setUserTimeout(tcp); err != nil {
+		b.log.Error("TCP_USER_TIMEOUT could not be set", "error", err)
+		return
+	}
+	wire := newWire(tcp, b.clock)
+	c := tls.Server(wire, b.tls)
+	ctx, cancel := context.WithTimeout(b.closing, helloWithin)
+	defer cancel()
+	if err := c.HandshakeContext(ctx); err != nil {
+		b.log.Info("TLS handshake with a device failed", "remote", tcp.RemoteAddr().String(), "error", err)
+		return
+	}
+	name := c.ConnectionState().PeerCertificates[0].Subject.CommonName
+	newSession(b, name, wire, c).run()
+}
+
+func setUserTimeout(c *net.TCPConn) error {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var serr error
+	err = raw.Control(func(fd uintptr) {
+		serr = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(userTimeout.Milliseconds()))
+	})
+	return errors.Join(err, serr)
+}
+
+// Close disconnects every device and waits until nothing runs for any of them.
+func (b *Broker) Close() {
+	b.close()
+	if b.listener != nil {
+		_ = b.listener.Close()
+	}
+	b.work.Wait()
+}
+
+// admit makes a session the one of its thing. An older one is ended first
+// [MQTT-3.1.4-3], its Last Will included, so that nothing of it comes later.
+func (b *Broker) admit(s *session) {
+	for {
+		b.mu.Lock()
+		older := b.sessions[s.thing]
+		if older == nil {
+			b.sessions[s.thing] = s
+			b.mu.Unlock()
+			return
+		}
+		b.mu.Unlock()
+		older.takeOver()
+		<-older.ended
+	}
+}
+
+// dismiss forgets a session that has ended.
+func (b *Broker) dismiss(s *session) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.sessions[s.thing] == s {
+		delete(b.sessions, s.thing)
+	}
+}
+
+func (b *Broker) session(thing string) *session {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.sessions[thing]
+}
+
+// thingOf is the thing that a shadow topic belongs to.
+func thingOf(topic string) string {
+	parts := strings.SplitN(topic, "/", 4)
+	if len(parts) < 4 {
+		return ""
+	}
+	return parts[2]
+}
 
 // Publish implements shadow.Bus.
 func (b *Broker) Publish(topic string, payload []byte) {
-	if err := b.publish(topic, payload, 0); err != nil {
-		b.hook.log.Error("publish to a device", "topic", topic, "error", err)
+	s := b.session(thingOf(topic))
+	if s == nil {
+		return
+	}
+	if qos, ids, ok := s.subscribed(topic); ok {
+		s.out.add(&message{topic: topic, payload: payload, qos: qos, ids: ids})
 	}
 }
-
-func (b *Broker) publish(topic string, payload []byte, expiry time.Duration) error {
-	return b.server.InjectPacket(b.local, packets.Packet{
-		FixedHeader: packets.FixedHeader{Type: packets.Publish, Qos: 1},
-		TopicName:   topic,
-		Payload:     payload,
-		PacketID:    1, // required with QoS 1; nothing comes back
-		Properties:  packets.Properties{MessageExpiryInterval: seconds(expiry)},
-	})
-}
-
-// seconds rounds up, since 0 is no expiry at all.
-func seconds(d time.Duration) uint32 { return uint32((d + time.Second - 1) / time.Second) }
 
 // Present implements shadow.Bus: a session counts once it has subscribed to its
 // delta with QoS 1.
 func (b *Broker) Present(thing string) bool {
-	return b.session(thing, shadow.Address{Thing: thing}.Topic("update/delta")) != nil
-}
-
-// session finds a thing's live connection if it would receive a topic with QoS 1.
-func (b *Broker) session(thing, topic string) *conn {
-	cl, ok := b.server.Clients.Get(thing)
-	if !ok || cl.Closed() {
-		return nil
+	s := b.session(thing)
+	if s == nil {
+		return false
 	}
-	for filter, sub := range cl.State.Subscriptions.GetAll() {
-		if sub.Qos >= 1 && matches(filter, topic) {
-			return connOf(cl)
-		}
-	}
-	return nil
+	qos, _, ok := s.subscribed(shadow.Address{Thing: thing}.Topic("update/delta"))
+	return ok && qos == 1
 }
 
 // Command implements shadow.Bus.
 func (b *Broker) Command(thing, topic string, payload []byte, until clock.Deadline, acked func()) error {
-	c := b.session(thing, topic)
-	if c == nil {
+	s := b.session(thing)
+	if s == nil {
 		return shadow.ErrOffline
 	}
-	d := &delivery{until: until, acked: acked}
-	c.arm(d)
-	err := b.publish(topic, payload, c.clock.Left(until))
-	if !c.disarm(d) || err != nil {
+	qos, ids, ok := s.subscribed(topic)
+	if !ok || qos < 1 || !s.out.add(&message{topic: topic, payload: payload, qos: 1, ids: ids, until: &until, acked: acked}) {
 		return shadow.ErrOffline
 	}
 	return nil
-}
-
-// matches applies MQTT's wildcards [MQTT-4.7.1]. The ACL has seen to it that
-// they stand behind the thing's own name.
-func matches(filter, topic string) bool {
-	f, t := strings.Split(filter, "/"), strings.Split(topic, "/")
-	for i, level := range f {
-		switch {
-		case level == "#":
-			return true
-		case i >= len(t) || level != "+" && level != t[i]:
-			return false
-		}
-	}
-	return len(f) == len(t)
 }

@@ -35,12 +35,19 @@ var (
 	ErrMismatch = errors.New("key was used for another request")
 	// ErrTooMany says that a lock has too many commands under way.
 	ErrTooMany = errors.New("too many commands under way")
-	// ErrNotSent says that a command was not sent and cannot open the door.
+	// ErrNotSent says that a command was not sent and cannot open the door; a retry
+	// is safe.
 	ErrNotSent = errors.New("command was not sent")
 )
 
-// pendingMost bounds the commands that a lock can have under way.
-const pendingMost = 256
+// Bounds of the commands that a lock can have under way: from roomWanted on a
+// further one waits up to roomWithin for the device to catch up; pendingMost is
+// never exceeded.
+const (
+	roomWanted  = 32
+	roomWithin  = 5 * time.Second
+	pendingMost = 256
+)
 
 // retries bounds how often a decision is made anew because another node
 // changed the lock meanwhile.
@@ -74,13 +81,19 @@ type Control struct {
 
 	locks keyed.Mutex[lock.ID]
 
+	sweeping sync.WaitGroup
+	turns    chan struct{} // slots of what sweeps
+
 	mu      sync.Mutex
-	flights map[lock.CommandID]*flight
+	flights map[lock.ID]map[lock.CommandID]*flight
 }
 
 // New makes the command path. Call Recover before anything may arrive.
 func New(db *store.DB, c clock.Clock, log *slog.Logger, s Settings, newID func() string) *Control {
-	return &Control{db: db, clock: c, log: log, settings: s, newID: newID, flights: map[lock.CommandID]*flight{}}
+	return &Control{
+		db: db, clock: c, log: log, settings: s, newID: newID,
+		turns: make(chan struct{}, sweepTogether), flights: map[lock.ID]map[lock.CommandID]*flight{},
+	}
 }
 
 // Use sets the way to the devices. The two know each other: outcomes come back
@@ -130,7 +143,7 @@ func (c *Control) do(ctx context.Context, r Request, cmd lock.Command) (Answer, 
 		return Answer{}, err
 	}
 	if prior != nil {
-		return c.replay(ctx, *prior)
+		return c.replay(ctx, r, keys, *prior)
 	}
 	events, err := lock.Decide(state, cmd, c.clock.Wall())
 	if err != nil {

@@ -11,6 +11,7 @@ import (
 
 	"github.com/openlock/openlock/internal/access"
 	"github.com/openlock/openlock/internal/clock"
+	"github.com/openlock/openlock/internal/event"
 	"github.com/openlock/openlock/internal/lock"
 	"github.com/openlock/openlock/internal/shadow"
 	"github.com/openlock/openlock/internal/store"
@@ -35,11 +36,13 @@ type Command struct {
 
 // flight is a command under way, as this node knows it.
 type flight struct {
-	id    lock.CommandID
-	lock  lock.ID
-	until clock.Deadline
-	acked atomic.Bool
-	done  chan struct{} // closed once outcome is set
+	id     lock.CommandID
+	lock   lock.ID
+	until  clock.Deadline
+	acked  atomic.Bool
+	lost   atomic.Pointer[lock.End] // how it ends, when it was recorded and could not be sent
+	ending atomic.Bool              // somebody is recording its end
+	done   chan struct{}            // closed once outcome is set
 	// outcome may be read after done is closed.
 	outcome lock.Outcome
 	row     store.CommandRow
@@ -51,6 +54,7 @@ type flight struct {
 // ErrTooMany, and ErrNotSent together with an answer that names the event and
 // how the command ended: that command can no longer open the door.
 func (c *Control) Open(ctx context.Context, r Request, o OpenRequest) (Answer, error) {
+	c.awaitRoom(ctx, r.Lock)
 	ctx = context.WithoutCancel(ctx) // who goes away does not cancel a command
 	defer c.locks.Lock(r.Lock)()
 	return again(func() (Answer, error) { return c.open(ctx, r, o) })
@@ -70,7 +74,7 @@ func (c *Control) open(ctx context.Context, r Request, o OpenRequest) (Answer, e
 		return Answer{}, err
 	}
 	if prior != nil {
-		return c.replay(ctx, *prior)
+		return c.replay(ctx, r, keys, *prior)
 	}
 	if len(state.Pending) >= pendingMost {
 		return Answer{}, ErrTooMany
@@ -97,7 +101,7 @@ func (c *Control) newCommand(ctx context.Context, r Request, o OpenRequest, stat
 		return c.recordUnsent(ctx, r, state, fl, events, reason)
 	}
 	if err != nil {
-		return Answer{}, err
+		return Answer{}, fmt.Errorf("%w: %w", ErrNotSent, err)
 	}
 	f := c.fold(state, events, c.meta(r, right))
 	fl.row = commandRow(open, f)
@@ -108,7 +112,7 @@ func (c *Control) newCommand(ctx context.Context, r Request, o OpenRequest, stat
 	records, err := c.db.Commit(ctx, change)
 	if err != nil {
 		staged.Drop()
-		return Answer{}, err
+		return Answer{}, unrecorded(err)
 	}
 	c.took(fl)
 	answer := Answer{Status: http.StatusOK, Lock: state.ID, Version: f.after.Version, Event: &records[0]}
@@ -150,21 +154,46 @@ func (c *Control) recordUnsent(ctx context.Context, r Request, state lock.State,
 	change.Commands = []store.CommandRow{fl.ended(c.clock.Steady())}
 	records, err := c.db.Commit(ctx, change)
 	if err != nil {
-		return Answer{}, err
+		return Answer{}, unrecorded(err)
 	}
 	return Answer{Lock: state.ID, Version: ended.after.Version, Event: &records[0], Command: fl.view()},
 		fmt.Errorf("%w: %s", ErrNotSent, reason)
 }
 
+// unrecorded is a commit's error: unless it says how to go on, nothing was and
+// nothing will be sent.
+func unrecorded(err error) error {
+	for _, known := range []error{event.ErrConflict, store.ErrRepeat, store.ErrRevoked} {
+		if errors.Is(err, known) {
+			return err
+		}
+	}
+	return fmt.Errorf("%w: %w", ErrNotSent, err)
+}
+
 // takeBack ends a command that was recorded but could not be sent. The shadow
 // already shows it to nobody; this records so.
 func (c *Control) takeBack(ctx context.Context, a Answer, fl *flight, cause error) (Answer, error) {
-	err := c.end(ctx, fl.lock, lock.End{CommandID: fl.id, Result: lock.Failed, Reason: unsent(cause), Delivered: lock.DeliveredNo}, fl.id, serverMeta, fl.keys)
-	if err != nil { // it is swept later; it is not shown meanwhile
-		c.log.Error("a command that was not sent could not be closed yet", "command", fl.id, "error", err)
+	reason := unsent(cause)
+	fl.lost.Store(&lock.End{CommandID: fl.id, Result: lock.Failed, Reason: reason, Delivered: lock.DeliveredNo})
+	if err := c.finish(ctx, fl); err != nil { // the sweeper tries again
+		c.log.Error("a command that was not sent could not be closed yet", "command", fl.id, "lock", fl.lock, "error", err)
 	}
 	a.Command = fl.view()
-	return a, fmt.Errorf("%w: %s", ErrNotSent, unsent(cause))
+	return a, fmt.Errorf("%w: %s", ErrNotSent, reason)
+}
+
+// finish records the end of a command whose device has not spoken. The caller
+// holds the lock.
+func (c *Control) finish(ctx context.Context, fl *flight) error {
+	if lost := fl.lost.Load(); lost != nil {
+		return c.end(ctx, fl.lock, *lost, fl.id, serverMeta, fl.keys) // a retry is to run
+	}
+	delivered := lock.DeliveredUnknown
+	if fl.acked.Load() {
+		delivered = lock.DeliveredYes
+	}
+	return c.end(ctx, fl.lock, lock.End{CommandID: fl.id, Result: lock.Expired, Delivered: delivered}, fl.id, serverMeta, nil)
 }
 
 func commandRow(o lock.Open, f folded) store.CommandRow {
@@ -190,6 +219,9 @@ func (f *flight) view() *Command {
 	case <-f.done:
 		v.Outcome, v.flight = f.outcome, nil
 	default:
+		if lost := f.lost.Load(); lost != nil {
+			v.Outcome = lock.Outcome{Result: lost.Result, Reason: lost.Reason, ConfirmedBy: "nobody", Delivered: lost.Delivered}
+		}
 	}
 	return v
 }
@@ -212,7 +244,7 @@ func (c *Control) Await(ctx context.Context, cmd *Command) *Command {
 
 // command reads one command as it is now.
 func (c *Control) command(ctx context.Context, id lock.ID, cmd lock.CommandID) (*Command, error) {
-	if f := c.flight(cmd); f != nil && f.lock == id {
+	if f := c.flight(id, cmd); f != nil {
 		return f.view(), nil
 	}
 	row, err := c.db.Command(ctx, int64(id), string(cmd))
@@ -233,14 +265,64 @@ func viewRow(row store.CommandRow) (*Command, error) {
 	return v, json.Unmarshal(row.Outcome, &v.Outcome)
 }
 
+// awaitRoom lets a device that is slower than its callers catch up.
+func (c *Control) awaitRoom(ctx context.Context, id lock.ID) {
+	ctx, cancel := context.WithTimeout(ctx, roomWithin)
+	defer cancel()
+	for {
+		oldest := c.crowding(id)
+		if oldest == nil {
+			return
+		}
+		select {
+		case <-oldest.done:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// crowding is the oldest command of a lock that has too many, nil if not.
+func (c *Control) crowding(id lock.ID) (oldest *flight) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if len(c.flights[id]) < roomWanted {
+		return nil
+	}
+	for _, f := range c.flights[id] {
+		if oldest == nil || f.id < oldest.id {
+			oldest = f
+		}
+	}
+	return oldest
+}
+
 func (c *Control) took(f *flight) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.flights[f.id] = f
+	if c.flights[f.lock] == nil {
+		c.flights[f.lock] = map[lock.CommandID]*flight{}
+	}
+	c.flights[f.lock][f.id] = f
 }
 
-func (c *Control) flight(id lock.CommandID) *flight {
+// landed tells whoever waits for a command.
+func (c *Control) landed(id lock.ID, cmd lock.CommandID, o lock.Outcome) {
+	c.mu.Lock()
+	f := c.flights[id][cmd]
+	delete(c.flights[id], cmd)
+	if len(c.flights[id]) == 0 {
+		delete(c.flights, id)
+	}
+	c.mu.Unlock()
+	if f != nil {
+		f.outcome = o
+		close(f.done)
+	}
+}
+
+func (c *Control) flight(id lock.ID, cmd lock.CommandID) *flight {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.flights[id]
+	return c.flights[id][cmd]
 }

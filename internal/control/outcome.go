@@ -4,7 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/openlock/openlock/internal/event"
@@ -71,7 +71,7 @@ func (c *Control) tryEnd(ctx context.Context, id lock.ID, cmd lock.Command, comm
 		_, err = c.commitAndSend(ctx, change, staged)
 	}
 	if err == nil && isEnd {
-		c.landed(command, ended.Outcome)
+		c.landed(id, command, ended.Outcome)
 	}
 	return err
 }
@@ -79,18 +79,6 @@ func (c *Control) tryEnd(ctx context.Context, id lock.ID, cmd lock.Command, comm
 // endedRow ends the command's row, which exists.
 func endedRow(id lock.CommandID, o lock.Outcome, at time.Time) store.CommandRow {
 	return store.CommandRow{ID: string(id), EndedAt: at, Outcome: mustJSON(o)}
-}
-
-// landed tells whoever waits for a command.
-func (c *Control) landed(id lock.CommandID, o lock.Outcome) {
-	c.mu.Lock()
-	f := c.flights[id]
-	delete(c.flights, id)
-	c.mu.Unlock()
-	if f != nil {
-		f.outcome = o
-		close(f.done)
-	}
 }
 
 // Recover ends every command that an earlier run of the server left unfinished,
@@ -166,39 +154,63 @@ func (c *Control) Run(ctx context.Context) {
 	flights, rows := time.NewTicker(sweepEvery), time.NewTicker(sweepRowsEvery)
 	defer flights.Stop()
 	defer rows.Stop()
+	defer c.sweeping.Wait()
 	for {
 		select {
 		case <-ctx.Done():
 			return
 		case <-flights.C:
-			c.Sweep(ctx)
+			c.sweep()
 		case <-rows.C:
 			c.sweepRows(ctx)
 		}
 	}
 }
 
-// Sweep ends every command whose deadline has passed by more than the allowed
-// skew. A report may still be on its way until then.
-func (c *Control) Sweep(ctx context.Context) {
+// sweep begins to end every command whose deadline has passed by more than the
+// allowed skew (a report may still be on its way until then), and those that
+// could not be sent. It waits for none: a lock that is held up holds up no
+// other.
+func (c *Control) sweep() {
+	for _, f := range c.due() {
+		c.inTurn(func() {
+			defer f.ending.Store(false)
+			defer c.locks.Lock(f.lock)()
+			if err := c.finish(context.Background(), f); err != nil { // tried again; nobody is shown it meanwhile
+				c.log.Error("a command could not be closed yet", "command", f.id, "lock", f.lock, "error", err)
+			}
+		}, &f.ending)
+	}
+}
+
+// inTurn runs something in the background unless it runs already or enough
+// does.
+func (c *Control) inTurn(do func(), running *atomic.Bool) {
+	if !running.CompareAndSwap(false, true) {
+		return
+	}
+	select {
+	case c.turns <- struct{}{}:
+		c.sweeping.Go(func() {
+			defer func() { <-c.turns }()
+			do()
+		})
+	default: // at the next sweep
+		running.Store(false)
+	}
+}
+
+func (c *Control) due() (due []*flight) {
 	c.mu.Lock()
-	var due []*flight
-	for _, f := range c.flights {
-		if c.clock.Passed(f.until.Add(c.settings.Skew)) {
-			due = append(due, f)
+	defer c.mu.Unlock()
+	for _, ofLock := range c.flights {
+		for _, f := range ofLock {
+			if f.lost.Load() != nil || c.clock.Passed(f.until.Add(c.settings.Skew)) {
+				due = append(due, f)
+			}
 		}
 	}
-	c.mu.Unlock()
-	var wg sync.WaitGroup
-	slots := make(chan struct{}, sweepTogether)
-	for _, f := range due {
-		slots <- struct{}{}
-		wg.Go(func() {
-			defer func() { <-slots }()
-			c.expire(ctx, f.lock, f.id, f.acked.Load())
-		})
-	}
-	wg.Wait()
+	return due
 }
 
 // sweepRows ends overdue commands that no memory of this process knows of.
@@ -210,21 +222,15 @@ func (c *Control) sweepRows(ctx context.Context) {
 	}
 	overdue := c.clock.Wall().Add(-c.settings.Skew - sweepRowsEvery)
 	for _, r := range rows {
-		if r.ExpiresAt.Before(overdue) && c.flight(lock.CommandID(r.ID)) == nil {
-			c.expire(ctx, lock.ID(r.Lock), lock.CommandID(r.ID), false)
+		id, cmd := lock.ID(r.Lock), lock.CommandID(r.ID)
+		if r.ExpiresAt.Before(overdue) && c.flight(id, cmd) == nil {
+			c.inTurn(func() {
+				defer c.locks.Lock(id)()
+				if err := c.finish(context.Background(), &flight{id: cmd, lock: id}); err != nil {
+					c.log.Error("an overdue command could not be closed yet", "command", cmd, "lock", id, "error", err)
+				}
+			}, new(atomic.Bool))
 		}
-	}
-}
-
-func (c *Control) expire(ctx context.Context, id lock.ID, cmd lock.CommandID, acked bool) {
-	delivered := lock.DeliveredUnknown
-	if acked {
-		delivered = lock.DeliveredYes
-	}
-	defer c.locks.Lock(id)()
-	err := c.end(ctx, id, lock.End{CommandID: cmd, Result: lock.Expired, Delivered: delivered}, cmd, serverMeta, nil)
-	if err != nil { // tried again at the next sweep; nobody is shown it meanwhile
-		c.log.Error("an expired command could not be closed yet", "command", cmd, "lock", id, "error", err)
 	}
 }
 

@@ -2,6 +2,7 @@ package control
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -13,7 +14,7 @@ import (
 )
 
 // repeats looks up the keys that a call brings. prior is the first call if this
-// one repeats it; keys are what is to be remembered otherwise. Refuses with
+// one repeats it; keys are those that do not name a call yet. Refuses with
 // ErrMismatch.
 func (c *Control) repeats(ctx context.Context, r Request, open *OpenRequest) (keys []store.Repeat, prior *store.Repeat, err error) {
 	for _, k := range r.keys(open) {
@@ -30,8 +31,9 @@ func (c *Control) repeats(ctx context.Context, r Request, open *OpenRequest) (ke
 			if current && !bytes.Equal(known.Fingerprint, k.Fingerprint) {
 				return nil, nil, fmt.Errorf("%w: %s", ErrMismatch, k.name)
 			}
-			if current && prior == nil {
-				prior = &known
+			if current {
+				prior = cmp.Or(prior, &known)
+				continue
 			}
 			k.Replaces = known.CreatedAt
 		}
@@ -92,8 +94,18 @@ func remember(keys []store.Repeat, f folded, status int, command string) []store
 }
 
 // replay answers a repetition as the first call was answered, with its
-// command's present outcome.
-func (c *Control) replay(ctx context.Context, k store.Repeat) (Answer, error) {
+// command's present outcome. Keys that came with it for the first time name
+// that call from now on.
+func (c *Control) replay(ctx context.Context, r Request, keys []store.Repeat, k store.Repeat) (Answer, error) {
+	for i := range keys {
+		keys[i].Stream, keys[i].Status, keys[i].Command = k.Stream, k.Status, k.Command
+		keys[i].Version, keys[i].Event = k.Version, k.Event
+	}
+	if len(keys) > 0 {
+		if _, err := c.db.Commit(ctx, store.Change{Requires: r.standing(c.clock.Wall()), Remember: keys}); err != nil {
+			return Answer{}, err
+		}
+	}
 	id, err := lock.ParseID(string(k.Stream[len("lock/"):]))
 	if err != nil {
 		return Answer{}, err
@@ -112,6 +124,9 @@ func (c *Control) replay(ctx context.Context, k store.Repeat) (Answer, error) {
 			return a, err
 		}
 		a.Command = cmd
+		if cmd.flight != nil && cmd.flight.lost.Load() != nil {
+			return a, fmt.Errorf("%w: %s", ErrNotSent, cmd.Outcome.Reason)
+		}
 	}
 	return a, nil
 }

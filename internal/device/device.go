@@ -68,7 +68,7 @@ const (
 	answerTimeout = 5 * time.Second
 
 	defaultRelockAfter = 5 * time.Second
-	openingsPerPercent = 100 // of the battery
+	openingsPerPercent = 1000 // of the battery
 )
 
 var thingName = regexp.MustCompile(`^[a-zA-Z0-9:_-]{1,128}$`)

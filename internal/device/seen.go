@@ -34,6 +34,7 @@ type journal struct {
 	records map[string]record
 	order   []string // ids, oldest first
 	lines   int      // in the file
+	full    int      // lines at which it is written anew
 }
 
 // openJournal reads the file at path, or begins it. A last line that was torn
@@ -68,7 +69,7 @@ func (j *journal) find(id string) (record, bool) {
 // returns nil, r is on the disk. After an error the device must not go on: its
 // memory and the disk may differ.
 func (j *journal) put(r record) error {
-	if j.lines >= 4*seenCount {
+	if j.lines >= j.full {
 		if err := j.compact(time.Now()); err != nil {
 			return err
 		}
@@ -123,6 +124,7 @@ func (j *journal) compact(now time.Time) error {
 		}
 	}
 	j.order, j.lines = kept, len(kept)
+	j.full = max(4*seenCount, 2*j.lines) // so that what is kept is not written anew each time
 	return replace(j.path, file.Bytes())
 }
 

@@ -31,7 +31,8 @@ type Staged struct {
 	a             Address
 	u             Update
 	before, after Document
-	command       *Command // nil for a withdrawal
+	at            time.Time // of after
+	command       *Command  // nil for a withdrawal
 }
 
 // Stage works out a command for a thing. The caller records Row together with
@@ -66,8 +67,9 @@ func (s *Service) stage(ctx context.Context, thing string, c *Command, u Update)
 	before, err := s.load(ctx, a)
 	if err == nil {
 		var after Document
-		if after, err = before.Apply(u, s.clock.Wall()); err == nil {
-			return &Staged{s: s, free: free, a: a, u: u, before: before, after: after, command: c}, nil
+		at := s.clock.Wall()
+		if after, err = before.Apply(u, at); err == nil {
+			return &Staged{s: s, free: free, a: a, u: u, before: before, after: after, at: at, command: c}, nil
 		}
 	}
 	free()
@@ -93,20 +95,18 @@ func (g *Staged) Send() error {
 			return err
 		}
 	}
-	now := g.s.clock.Wall()
 	shown := g.s.view(g.a, g.after)
-	g.s.bus.Publish(g.a.Topic("update/accepted"), UpdateAccepted(g.u, g.after, now))
-	g.s.bus.Publish(g.a.Topic("update/documents"), Documents(g.s.view(g.a, g.before), shown, "", now))
+	g.s.bus.Publish(g.a.Topic("update/accepted"), UpdateAccepted(g.u, g.after, g.at))
+	g.s.bus.Publish(g.a.Topic("update/documents"), Documents(g.s.view(g.a, g.before), shown, "", g.at))
 	return nil
 }
 
 func (g *Staged) sendCommand() error {
-	g.s.show(g.a.Thing, live{id: g.command.ID, until: g.command.Until})
-	delta, differs := g.s.view(g.a, g.after).Delta("", g.s.clock.Wall())
-	if !differs {
-		g.s.hide(g.a.Thing, g.command.ID)
-		return ErrTooLate // so it is not shown
+	if g.s.clock.Passed(g.command.Until) {
+		return ErrTooLate
 	}
+	delta, _ := g.after.Delta("", g.at)
+	g.s.show(g.a.Thing, live{id: g.command.ID, until: g.command.Until})
 	err := g.s.bus.Command(g.a.Thing, g.a.Topic("update/delta"), delta, g.command.Until, g.command.Acked)
 	if err != nil {
 		g.s.hide(g.a.Thing, g.command.ID)

@@ -38,8 +38,8 @@ type Bus interface {
 	Present(thing string) bool
 	// Command sends to one thing's live session. After until nothing of it may
 	// reach a wire any more: a session that has not acknowledged by then is reset.
-	// acked is called once the device has acknowledged. Refuses with ErrOffline
-	// when nothing was or will be sent.
+	// acked, unless nil, is called once the device has acknowledged. Refuses with
+	// ErrOffline when nothing was or will be sent.
 	Command(thing, topic string, payload []byte, until clock.Deadline, acked func()) error
 }
 
@@ -94,22 +94,20 @@ func NewService(docs Storage, bus Bus, c clock.Clock, log *slog.Logger, reports 
 // Handle answers a request that arrived at a request topic from a thing's own
 // authenticated connection, by publishing to the response topics.
 func (s *Service) Handle(ctx context.Context, from string, a Address, op Operation, payload []byte) {
-	body, err := s.do(ctx, from, a, op, payload)
+	err := s.do(ctx, from, a, op, payload)
 	if err == nil {
-		if op != OpUpdate { // update has published, in order with its delta
-			s.bus.Publish(a.Topic(string(op)+"/accepted"), body)
-		}
 		return
 	}
 	var no *Error
 	if !errors.As(err, &no) {
 		s.log.Error("shadow request failed", "thing", a.Thing, "shadow", a.Name, "operation", op, "error", err)
-		no = ErrInternal
+		token, _ := ParseRequest(payload)
+		no = ErrInternal.For(token)
 	}
 	s.bus.Publish(a.Topic(string(op)+"/rejected"), no.Rejected(s.clock.Wall()))
 }
 
-func (s *Service) do(ctx context.Context, from string, a Address, op Operation, payload []byte) ([]byte, error) {
+func (s *Service) do(ctx context.Context, from string, a Address, op Operation, payload []byte) error {
 	switch op {
 	case OpGet:
 		return s.get(ctx, a, payload)
@@ -120,74 +118,89 @@ func (s *Service) do(ctx context.Context, from string, a Address, op Operation, 
 	}
 }
 
-func (s *Service) get(ctx context.Context, a Address, payload []byte) ([]byte, error) {
+func (s *Service) get(ctx context.Context, a Address, payload []byte) error {
 	token, err := ParseRequest(payload)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	defer s.things.Lock(a.Thing)()
 	doc, err := s.load(ctx, a)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	if !doc.Exists() {
-		return nil, notFound(a).For(token)
+		return notFound(a).For(token)
 	}
-	return s.view(a, doc).GetAccepted(token, s.clock.Wall()), nil
+	s.tell(a, "get/accepted", doc, func(d Document) ([]byte, bool) {
+		return d.GetAccepted(token, s.clock.Wall()), true
+	})
+	return nil
 }
 
-func (s *Service) delete(ctx context.Context, a Address, payload []byte) ([]byte, error) {
+func (s *Service) delete(ctx context.Context, a Address, payload []byte) error {
 	token, err := ParseRequest(payload)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	defer s.things.Lock(a.Thing)()
 	doc, err := s.load(ctx, a)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	if !doc.Exists() {
-		return nil, notFound(a).For(token)
+		return notFound(a).For(token)
 	}
 	gone := doc.Delete()
 	if err := s.docs.SaveShadows(ctx, row(a, gone)); err != nil {
-		return nil, err
+		return err
 	}
-	return DeleteAccepted(gone, token, s.clock.Wall()), nil
+	s.bus.Publish(a.Topic("delete/accepted"), DeleteAccepted(gone, token, s.clock.Wall()))
+	return nil
 }
 
-func (s *Service) update(ctx context.Context, from string, a Address, payload []byte) ([]byte, error) {
+func (s *Service) update(ctx context.Context, from string, a Address, payload []byte) error {
 	u, err := ParseUpdate(payload)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	if err := s.hear(ctx, from, a, u); err != nil {
-		return nil, err
+		return err
 	}
 	defer s.things.Lock(a.Thing)()
 	before, err := s.load(ctx, a)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	if commands(a, u, before) {
-		return nil, ErrForbidden.For(u.ClientToken)
-	}
-	after, err := before.Apply(u, s.clock.Wall())
-	if err != nil {
-		return nil, err
-	}
-	if err := s.docs.SaveShadows(ctx, row(a, after)); err != nil {
-		return nil, err
+		return ErrForbidden.For(u.ClientToken)
 	}
 	now := s.clock.Wall()
-	accepted := UpdateAccepted(u, after, now)
-	s.bus.Publish(a.Topic("update/accepted"), accepted)
-	shown := s.view(a, after)
-	if delta, differs := shown.Delta(u.ClientToken, now); differs {
-		s.bus.Publish(a.Topic("update/delta"), delta)
+	after, err := before.Apply(u, now)
+	if err != nil {
+		return err
 	}
-	s.bus.Publish(a.Topic("update/documents"), Documents(s.view(a, before), shown, u.ClientToken, now))
-	return accepted, nil
+	if err := s.docs.SaveShadows(ctx, row(a, after)); err != nil {
+		return err
+	}
+	s.bus.Publish(a.Topic("update/accepted"), UpdateAccepted(u, after, now))
+	s.tell(a, "update/delta", after, func(d Document) ([]byte, bool) { return d.Delta(u.ClientToken, now) })
+	s.bus.Publish(a.Topic("update/documents"), Documents(s.view(a, before), s.view(a, after), u.ClientToken, now))
+	return nil
+}
+
+// tell publishes what a thing may act on. With a live command in it, it has
+// the command's deadline, as the command itself had; a session that cannot be
+// held to one is not told of the command.
+func (s *Service) tell(a Address, suffix string, d Document, body func(Document) ([]byte, bool)) {
+	if until, ok := s.shown(a, d); ok {
+		b, ok := body(d)
+		if !ok || s.bus.Command(a.Thing, a.Topic(suffix), b, until, nil) == nil {
+			return
+		}
+	}
+	if b, ok := body(without(a, d)); ok {
+		s.bus.Publish(a.Topic(suffix), b)
+	}
 }
 
 // commands says whether an update would touch the command in a desired state,
@@ -223,22 +236,31 @@ func (s *Service) hear(ctx context.Context, from string, a Address, u Update) er
 
 // view is a document as it may be shown: without a command that is not live.
 func (s *Service) view(a Address, d Document) Document {
-	raw, ok := d.Desired(openField)
-	if !ok || a.Name != "" {
+	if _, ok := s.shown(a, d); ok {
 		return d
 	}
-	if s.shows(a.Thing, commandID(raw)) {
+	return without(a, d)
+}
+
+// without is a document without its command, if it holds one.
+func without(a Address, d Document) Document {
+	if _, ok := d.Desired(openField); !ok || a.Name != "" {
 		return d
 	}
 	return d.Without(openField)
 }
 
-// shows says whether a command may be shown to its thing now.
-func (s *Service) shows(thing, id string) bool {
+// shown answers with the deadline of a document's command if that may be shown
+// to its thing now.
+func (s *Service) shown(a Address, d Document) (clock.Deadline, bool) {
+	raw, ok := d.Desired(openField)
+	if !ok || a.Name != "" {
+		return clock.Deadline{}, false
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	l, ok := s.live[thing]
-	return ok && l.id == id && !s.clock.Passed(l.until)
+	l, ok := s.live[a.Thing]
+	return l.until, ok && l.id == commandID(raw) && !s.clock.Passed(l.until)
 }
 
 // show lets a command be shown in place of the one before it.

@@ -38,6 +38,7 @@ type Standing struct {
 	Credentials []string  // ids of keys and clients: neither revoked nor expired at Now
 	User        string    // not suspended
 	Token       string    // its jti not revoked
+	Expires     time.Time // of the token, leeway included; after Now
 	Now         time.Time // wall clock
 }
 
@@ -155,6 +156,9 @@ func (s Standing) check(tx *tx) error {
 		if err != nil {
 			return err
 		}
+	}
+	if !s.Expires.IsZero() && !s.Now.Before(s.Expires) {
+		return refusal{ErrRevoked}
 	}
 	if s.User == "" && s.Token == "" {
 		return nil

@@ -37,6 +37,8 @@ var (
 	ErrClosed = errors.New("store: closed")
 	// ErrLocked says that another openlock serves from the same folder.
 	ErrLocked = errors.New("store: another openlock is serving from this folder")
+	// ErrNewer says that a newer openlock has brought the database forward.
+	ErrNewer = errors.New("store: the database was written by a newer openlock; run that one or a later one")
 )
 
 //go:embed migrations/*.sql
@@ -70,7 +72,7 @@ func Open(ctx context.Context, folder string) (*DB, error) {
 	}
 	read.SetMaxOpenConns(4)
 	read.SetMaxIdleConns(4)
-	w, err := newWriter(ctx, write)
+	w, err := newWriter(ctx, write, filepath.Join(folder, "write.lock"))
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("open %s: %w", path, err), write.Close(), read.Close())
 	}
@@ -95,6 +97,9 @@ func migrate(ctx context.Context, folder, path string) (err error) {
 		return err
 	}
 	defer unlock()
+	if err := createPrivate(path); err != nil {
+		return err
+	}
 	db, err := sql.Open("sqlite", dsn(path))
 	if err != nil {
 		return err
@@ -108,10 +113,32 @@ func migrate(ctx context.Context, folder, path string) (err error) {
 	if err != nil {
 		return fmt.Errorf("open %s: %w", path, err)
 	}
+	// goose itself is content with a schema that it does not know.
+	if has, known, err := p.GetVersions(ctx); err != nil {
+		return fmt.Errorf("open %s: %w", path, err)
+	} else if has > known {
+		return fmt.Errorf("%w (%s has schema %d, this openlock knows %d)", ErrNewer, path, has, known)
+	}
 	if _, err := p.Up(ctx); err != nil {
 		return fmt.Errorf("bring %s to this version's schema: %w", path, err)
 	}
-	return os.Chmod(path, 0o600) // hashes of credentials, names of people
+	return nil
+}
+
+// createPrivate makes a file that nobody else may read, for it will hold hashes
+// of credentials and names of people. It comes before SQLite, which would let
+// the umask decide, and which gives its own files beside it the same mode. A
+// database that exists is not opened here: to close it would drop the locks that
+// SQLite holds on it in this process (https://sqlite.org/howtocorrupt.html, 2.2).
+func createPrivate(path string) error {
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_RDWR, 0o600)
+	if errors.Is(err, fs.ErrExist) {
+		return os.Chmod(path, 0o600)
+	}
+	if err != nil {
+		return err
+	}
+	return f.Close()
 }
 
 // LockFolder makes this process the one that serves from a data folder. It
@@ -129,16 +156,19 @@ func flock(path string, how int) (unlock func(), err error) {
 	if err != nil {
 		return nil, err
 	}
-	for {
-		err = syscall.Flock(int(f.Fd()), how)
-		if !errors.Is(err, syscall.EINTR) {
-			break
-		}
-	}
-	if err != nil {
+	if err := flockFile(f, how); err != nil {
 		return nil, errors.Join(err, f.Close())
 	}
 	return func() { _ = f.Close() }, nil
+}
+
+func flockFile(f *os.File, how int) error {
+	for {
+		err := syscall.Flock(int(f.Fd()), how)
+		if !errors.Is(err, syscall.EINTR) {
+			return err
+		}
+	}
 }
 
 // Broken is closed when the store has become unusable.
@@ -147,7 +177,8 @@ func (db *DB) Broken() <-chan struct{} { return db.writer.broken }
 // Err says why the store is unusable, nil while it is not.
 func (db *DB) Err() error { return db.writer.err() }
 
-// Close waits for changes under way and closes the database.
+// Close waits for changes under way and closes the database. What comes later
+// gets ErrClosed.
 func (db *DB) Close() error {
 	werr := db.writer.close()
 	return errors.Join(werr, db.read.Close(), db.write.Close())
@@ -159,7 +190,8 @@ func (db *DB) query(ctx context.Context, q string, args ...any) (*sql.Rows, erro
 	if err != nil {
 		return nil, err
 	}
-	return s.QueryContext(ctx, args...)
+	rows, err := s.QueryContext(ctx, args...)
+	return rows, db.unlessClosed(err)
 }
 
 // row scans the first row of a query, or answers ErrNotFound.
@@ -172,7 +204,20 @@ func (db *DB) row(ctx context.Context, q string, args []any, dest ...any) error 
 	if errors.Is(err, sql.ErrNoRows) {
 		return ErrNotFound
 	}
-	return err
+	return db.unlessClosed(err)
+}
+
+// unlessClosed is a reader's error, which is ErrClosed once the store is closed.
+func (db *DB) unlessClosed(err error) error {
+	if err == nil {
+		return nil
+	}
+	select {
+	case <-db.writer.ended:
+		return ErrClosed
+	default:
+		return err
+	}
 }
 
 func (db *DB) prepared(ctx context.Context, q string) (*sql.Stmt, error) {
@@ -181,7 +226,7 @@ func (db *DB) prepared(ctx context.Context, q string) (*sql.Stmt, error) {
 	}
 	s, err := db.read.PrepareContext(ctx, q)
 	if err != nil {
-		return nil, err
+		return nil, db.unlessClosed(err)
 	}
 	if other, loaded := db.stmts.LoadOrStore(q, s); loaded {
 		_ = s.Close() // another reader compiled it first

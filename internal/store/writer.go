@@ -5,7 +5,9 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
+	"os"
 	"sync"
+	"syscall"
 )
 
 // refusal is an answer that a change gets before it has written anything, so
@@ -25,8 +27,10 @@ type job struct {
 // writer owns the only connection that writes.
 type writer struct {
 	tx     *tx
+	turn   *os.File // see begin
 	queue  chan *job
-	stop   chan struct{}
+	stop   chan struct{} // closed by the first close
+	once   sync.Once     // of that
 	broken chan struct{}
 
 	mu      sync.Mutex
@@ -39,13 +43,18 @@ type writer struct {
 // an endless queue.
 const batchMost = 256
 
-func newWriter(ctx context.Context, db *sql.DB) (*writer, error) {
+func newWriter(ctx context.Context, db *sql.DB, turn string) (*writer, error) {
 	conn, err := db.Conn(ctx)
 	if err != nil {
 		return nil, err
 	}
+	file, err := os.OpenFile(turn, os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, errors.Join(err, conn.Close())
+	}
 	w := &writer{
 		tx:      &tx{conn: conn, stmts: map[string]*sql.Stmt{}},
+		turn:    file,
 		queue:   make(chan *job, batchMost),
 		stop:    make(chan struct{}),
 		broken:  make(chan struct{}),
@@ -140,6 +149,10 @@ func (w *writer) commit(batch []*job) {
 		answer(batch, err)
 		return
 	}
+	if err := w.begin(); err != nil { // not the fault of any of them
+		answer(batch, fmt.Errorf("store: begin: %w", err))
+		return
+	}
 	errs, err := w.try(batch)
 	switch {
 	case err == nil:
@@ -162,12 +175,20 @@ func answer(batch []*job, err error) {
 	}
 }
 
-// try runs a batch in one transaction. err is nil when it was committed; errs
-// then holds each job's refusal.
-func (w *writer) try(batch []*job) (errs []error, err error) {
-	if err := w.tx.exec("BEGIN IMMEDIATE"); err != nil {
-		return nil, fmt.Errorf("store: begin: %w", err)
+// begin starts a transaction when it is this process's turn. Processes queue at
+// a file lock, because SQLite's own way of waiting (ask again after ever longer
+// pauses) can keep a second process out for as long as the first is busy.
+func (w *writer) begin() error {
+	if err := flockFile(w.turn, syscall.LOCK_EX); err != nil {
+		return err
 	}
+	defer func() { _ = flockFile(w.turn, syscall.LOCK_UN) }() // cannot fail on a file that is open
+	return w.tx.exec("BEGIN IMMEDIATE")
+}
+
+// try runs a batch in the transaction that was begun. err is nil when it was
+// committed; errs then holds each job's refusal.
+func (w *writer) try(batch []*job) (errs []error, err error) {
 	errs = make([]error, len(batch))
 	for i, j := range batch {
 		err := j.apply(w.tx)
@@ -193,7 +214,7 @@ func (w *writer) rollback(cause error) error {
 	if err == nil {
 		return cause
 	}
-	if e := w.tx.exec("BEGIN IMMEDIATE"); e == nil {
+	if e := w.tx.exec("BEGIN"); e == nil { // deferred: it needs no turn
 		if e = w.tx.exec("ROLLBACK"); e == nil {
 			return cause // no transaction stood any more
 		}
@@ -232,9 +253,13 @@ func (w *writer) next() <-chan struct{} {
 }
 
 func (w *writer) close() error {
-	close(w.stop)
-	<-w.ended
-	return w.tx.close()
+	err := error(nil)
+	w.once.Do(func() {
+		close(w.stop)
+		<-w.ended
+		err = errors.Join(w.tx.close(), w.turn.Close())
+	})
+	return err
 }
 
 // tx is the writer's connection. Statements are compiled once. It never sees a

@@ -1,0 +1,353 @@
+package broker
+
+import (
+	"fmt"
+	"net"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/mochi-mqtt/server/v2/packets"
+	"github.com/openlock/openlock/internal/clock"
+	"github.com/openlock/openlock/internal/shadow"
+)
+
+// No deadline before CONNECT is known to bite: whoever says nothing is cut off,
+// wherever they stop.
+func TestSilentConnectionsAreCutOff(t *testing.T) {
+	t.Parallel()
+	b := newBench(t, clock.System())
+	stops := map[string]func() net.Conn{
+		"after TCP": func() net.Conn {
+			c, err := net.Dial("tcp", b.addr)
+			check(t, err)
+			return c
+		},
+		"after TLS": func() net.Conn { return b.dial(b.ca.enrolled(t, "T")).conn },
+		"amid CONNECT": func() net.Conn {
+			d := b.dial(b.ca.enrolled(t, "T"))
+			_, err := d.conn.Write([]byte("\x10\x20\x00\x04MQTT"))
+			check(t, err)
+			return d.conn
+		},
+	}
+	for name, stop := range stops {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			start := time.Now()
+			c := stop()
+			_ = c.SetReadDeadline(start.Add(patience))
+			_, err := c.Read(make([]byte, 1))
+			if took := time.Since(start); took < helloWithin-time.Second || took > helloWithin+3*time.Second {
+				t.Errorf("cut off after %s: %v", took, err)
+			}
+		})
+	}
+}
+
+// Close ends at once, even while somebody has not said CONNECT, and disconnects
+// whoever has.
+func TestCloseDoesNotWaitForTheSilent(t *testing.T) {
+	b := newBench(t, clock.System())
+	b.dial(b.ca.enrolled(t, "silent"))
+	d := b.connect("T")
+	start := time.Now()
+	b.Close()
+	if took := time.Since(start); took > helloWithin/2 {
+		t.Errorf("Close took %s", took)
+	}
+	if code := d.want(packets.Disconnect).ReasonCode; code != packets.ErrServerShuttingDown.Code {
+		t.Errorf("DISCONNECT %#x", code)
+	}
+}
+
+// A keep-alive of 0 or beyond what is allowed becomes the server's [MQTT-3.2.2-21].
+func TestServerKeepAlive(t *testing.T) {
+	b := newBench(t, clock.System())
+	for asked, want := range map[uint16]uint16{0: keepaliveMost, 65535: keepaliveMost, keepaliveMost: 0, 60: 0} {
+		ack := b.dial(b.ca.enrolled(t, "T")).hello("T", func(pk *packets.Packet) { pk.Connect.Keepalive = asked })
+		if p := ack.Properties; p.ServerKeepAlive != want || p.ServerKeepAliveFlag != (want > 0) {
+			t.Errorf("keep-alive %d: server's is %d, told %t", asked, p.ServerKeepAlive, p.ServerKeepAliveFlag)
+		}
+	}
+}
+
+// Broker: a duplicate client id ends the older connection [MQTT-3.1.4-3]. Its
+// Last Will comes before anything of the newer one.
+func TestNewerConnectionEndsTheOlder(t *testing.T) {
+	b := newBench(t, clock.System())
+	topic := shadow.Address{Thing: "T"}.Topic("update")
+	older := b.connect("T", withWill(topic, "will")).listen()
+	newer := b.connect("T").listen()
+	if len(b.requests) == 0 {
+		t.Error("the newer connection was let in before the Last Will of the older")
+	}
+	b.wantRequest(request{"T", topic, "will"})
+	if code := older.want(packets.Disconnect).ReasonCode; code != packets.ErrSessionTakenOver.Code {
+		t.Errorf("DISCONNECT %#x", code)
+	}
+	_ = older.wantEnd()
+	b.Publish(topic+"/delta", []byte("marker"))
+	newer.wantMessage("marker")
+}
+
+// A connection that ends takes nothing away from the one that comes after it:
+// that one begins when nothing runs for the older any more.
+func TestEndOfTheOlderDoesNotHarmTheNewer(t *testing.T) {
+	b := newBench(t, clock.System())
+	topic := shadow.Address{Thing: "T"}.Topic("update")
+	reached, proceed := make(chan struct{}), make(chan struct{})
+	b.handle = func(request) {
+		close(reached)
+		<-proceed
+	}
+	older := b.connect("T", withWill(topic, "will")).listen()
+	gone := b.gone("T")
+	_ = older.conn.NetConn().Close()
+	await(t, reached, "the Last Will of the older connection")
+
+	newer := b.dial(b.ca.enrolled(t, "T"))
+	newer.thing = "T"
+	newer.send(connectPacket("T"))
+	_ = newer.conn.SetReadDeadline(time.Now().Add(200 * time.Millisecond)) // long enough to go wrong
+	if _, err := newer.r.Peek(1); err == nil {
+		t.Error("CONNACK while the older connection has not ended")
+	}
+	close(proceed)
+	await(t, gone, "the end of the older connection")
+	newer.r.Reset(newer.conn)
+	newer.want(packets.Connack)
+	newer.listen()
+	if !b.Present("T") {
+		t.Error("the newer connection is not present")
+	}
+	b.Publish(newer.topic("update/delta"), []byte("marker"))
+	newer.wantMessage("marker")
+}
+
+// Many connections of one name at a time leave one of them, and it works.
+func TestStampedeOfOneName(t *testing.T) {
+	b := newBench(t, clock.System())
+	cert := b.ca.enrolled(t, "T")
+	var stampede sync.WaitGroup
+	for range 20 {
+		d := b.dial(cert)
+		d.version = 5
+		stampede.Go(func() {
+			_ = d.write(connectPacket("T"))
+			_, _ = d.read()
+		})
+	}
+	stampede.Wait()
+	last := b.dial(cert).connect("T").listen()
+	b.Publish(last.topic("update/delta"), []byte("marker"))
+	last.wantMessage("marker")
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if n := len(b.sessions); n != 1 {
+		t.Errorf("%d connections are open", n)
+	}
+}
+
+// Nothing waits for a device that comes back, however it asks for a session.
+func TestSessionsAreClean(t *testing.T) {
+	unclean := map[string]func(*packets.Packet){
+		"3.1.1 clean session 0": func(pk *packets.Packet) { pk.ProtocolVersion, pk.Connect.Clean = 4, false },
+		"5 session expiry": func(pk *packets.Packet) {
+			pk.Connect.Clean = false
+			pk.Properties.SessionExpiryInterval, pk.Properties.SessionExpiryIntervalFlag = 3600, true
+		},
+	}
+	for name, change := range unclean {
+		t.Run(name, func(t *testing.T) {
+			b := newBench(t, clock.System())
+			d := b.dial(b.ca.enrolled(t, "T"))
+			d.wantClean(d.hello("T", change))
+			d.listen()
+			topic := d.topic("update/delta")
+			b.Publish(topic, []byte("never acknowledged"))
+			d.wantMessage("never acknowledged")
+
+			gone := b.gone("T")
+			_ = d.conn.NetConn().Close()
+			await(t, gone, "the end of the connection")
+			b.Publish(topic, []byte("away"))
+			err := b.Command("T", topic, []byte("command"), clock.System().In(time.Hour), nil)
+			if b.Present("T") || err != shadow.ErrOffline {
+				t.Errorf("while it is away: present %t, Command: %v", b.Present("T"), err)
+			}
+
+			back := b.dial(b.ca.enrolled(t, "T"))
+			back.wantClean(back.hello("T", change))
+			b.Publish(topic, []byte("not subscribed"))
+			back.listen()
+			b.Publish(topic, []byte("marker"))
+			back.wantMessage("marker")
+		})
+	}
+}
+
+func (d *device) wantClean(ack packets.Packet) {
+	d.t.Helper()
+	if ack.ReasonCode != 0 || ack.SessionPresent || ack.Properties.SessionExpiryInterval != 0 {
+		d.t.Errorf("CONNACK %#x, session present %t, expiry %d", ack.ReasonCode, ack.SessionPresent, ack.Properties.SessionExpiryInterval)
+	}
+	if d.version == 5 && !ack.Properties.SessionExpiryIntervalFlag { // [MQTT-3.2.2-8]
+		d.t.Error("CONNACK does not tell the session expiry")
+	}
+}
+
+// A connection counts as present only once it has subscribed to its delta with
+// QoS 1, by whatever filter.
+func TestPresent(t *testing.T) {
+	b := newBench(t, clock.System())
+	if b.Present("T") {
+		t.Error("present without a connection")
+	}
+	tests := []struct {
+		suffix string
+		qos    byte
+		want   bool
+	}{
+		{"update/delta", 1, true},
+		{"update/delta", 2, true}, // granted as 1
+		{"update/delta", 0, false},
+		{"update/+", 1, true},
+		{"update/+", 0, false},
+		{"+/delta", 1, true},
+		{"update/#", 1, true},
+		{"update/delta/#", 1, true}, // # includes its parent [MQTT-4.7.1-2]
+		{"#", 1, true},
+		{"#", 0, false},
+		{"update/accepted", 1, false},
+		{"get/+", 1, false},
+		{"+", 1, false},
+		{"update/delta/+", 1, false},
+		{"name/+/update/delta", 1, false}, // a named shadow's
+	}
+	for _, test := range tests {
+		t.Run(fmt.Sprint(test.suffix, test.qos), func(t *testing.T) {
+			d := b.connect("T")
+			if b.Present("T") {
+				t.Error("present before it has subscribed")
+			}
+			d.subscribe(d.topic(test.suffix), test.qos)
+			if got := b.Present("T"); got != test.want {
+				t.Errorf("present: %t, want %t", got, test.want)
+			}
+			err := b.Command("T", d.topic("update/delta"), []byte("command"), clock.System().In(time.Hour), nil)
+			if (err == nil) != test.want {
+				t.Errorf("Command: %v", err)
+			}
+			if test.want {
+				d.wantMessage("command")
+			}
+			d.send(packets.Packet{FixedHeader: packets.FixedHeader{Type: packets.Disconnect}})
+			_ = d.wantEnd()
+		})
+	}
+	d := b.connect("T").listen()
+	d.subscribe(d.topic("update/delta"), 1)
+	d.subscribe(d.topic("update/delta"), 0) // replaces it [MQTT-3.8.4-3]
+	d.subscribe(d.topic("#"), 0)
+	if b.Present("T") {
+		t.Error("present by a subscription that was replaced")
+	}
+}
+
+// smallWindow connects with hardly any room for what is not read.
+func smallWindow() *net.Dialer {
+	return &net.Dialer{Control: func(_, _ string, raw syscall.RawConn) (err error) {
+		_ = raw.Control(func(fd uintptr) { err = syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_RCVBUF, 4096) })
+		return err
+	}}
+}
+
+// A device that does not read harms only itself: its messages are dropped or it
+// is cut off, nobody is held up for long, and others get theirs. Not even what
+// it goes on sending keeps it.
+func TestSlowReaderHarmsOnlyItself(t *testing.T) {
+	t.Parallel()
+	for _, qos := range []byte{0, 1} {
+		t.Run(fmt.Sprintf("QoS %d", qos), func(t *testing.T) {
+			t.Parallel()
+			b := newBench(t, clock.System())
+			other := b.connect("other").listen()
+			slow := b.over(smallWindow(), b.addr, b.ca.enrolled(t, "slow")).connect("slow")
+			slow.subscribe(slow.topic("#"), qos)
+			gone := b.gone("slow")
+			go func() { // pings do not extend its time
+				for slow.write(packets.Packet{FixedHeader: packets.FixedHeader{Type: packets.Pingreq}}) == nil {
+					select {
+					case <-gone:
+						return
+					case <-time.After(50 * time.Millisecond):
+					}
+				}
+			}()
+			start, big := time.Now(), []byte(strings.Repeat("x", 60<<10))
+			flooded := make(chan struct{})
+			go func() {
+				defer close(flooded)
+				for range 1000 {
+					b.Publish(slow.topic("get/accepted"), big)
+				}
+			}()
+			for i := range 20 {
+				b.Publish(other.topic("update/delta"), fmt.Append(nil, i))
+				other.ack(other.wantMessage(fmt.Sprint(i)).PacketID)
+			}
+			if took := time.Since(start); took > writeWithin {
+				t.Errorf("another device's messages took %s", took)
+			}
+			await(t, flooded, "publishing to a device that does not read")
+			if took := time.Since(start); took > 2*writeWithin+2*time.Second {
+				t.Errorf("publishing was held up for %s", took)
+			}
+			await(t, gone, "the end of a connection that is not read")
+		})
+	}
+}
+
+// A device that floods waits for its own requests, and others do not.
+func TestFloodHarmsOnlyItself(t *testing.T) {
+	b := newBench(t, clock.System())
+	release := make(chan struct{})
+	b.handle = func(r request) {
+		if r.thing == "flood" {
+			<-release
+		}
+		b.requests <- r
+	}
+	flood, other := b.connect("flood"), b.connect("other")
+	const many = 2000
+	for range many {
+		flood.publish(flood.topic("get"), "{}", 0)
+	}
+	other.publish(other.topic("get"), "{}", 1)
+	b.wantRequest(request{"other", other.topic("get"), "{}"})
+	other.want(packets.Puback)
+	close(release)
+	for range many {
+		b.wantRequest(request{"flood", flood.topic("get"), "{}"})
+	}
+}
+
+// Subscriptions cost memory, so a device has a bounded number of them.
+func TestSubscriptionsAreBounded(t *testing.T) {
+	b := newBench(t, clock.System())
+	d := b.connect("T")
+	for i := range filtersMost {
+		if code := d.subscribe(d.topic(fmt.Sprintf("name/n%d/update/delta", i)), 1); code != 1 {
+			t.Fatalf("subscription %d: SUBACK %#x", i, code)
+		}
+	}
+	if code := d.subscribe(d.topic("one/more"), 1); code != packets.ErrQuotaExceeded.Code {
+		t.Errorf("SUBACK %#x", code)
+	}
+	if code := d.subscribe(d.topic("name/n0/update/delta"), 1); code != 1 {
+		t.Errorf("SUBACK %#x for a filter again", code)
+	}
+}
