@@ -55,17 +55,18 @@ func serve(ctx context.Context, cmd *cli.Command) error {
 	if err != nil {
 		return err
 	}
-	if err := s.announce(ctx, cmd.Root().Writer); err != nil {
-		return err
+	// A signal that comes now stops the server in good order, like any later one.
+	err = s.announce(context.WithoutCancel(ctx), cmd.Root().Writer)
+	if err == nil {
+		err = s.wait(ctx)
 	}
-	failed := s.wait(ctx)
-	if failed == nil {
+	if err == nil {
 		cfg.log.Info("stopping: requests under way are answered first")
 	}
-	if err := s.close(); err != nil && failed == nil {
-		return err
+	if cerr := s.close(); err == nil {
+		err = cerr
 	}
-	return failed
+	return err
 }
 
 // filesWanted is how many open files a server should be allowed.

@@ -203,7 +203,8 @@ func (d *device) write(pk packets.Packet) error {
 	encode := map[byte]func(*packets.Packet, *bytes.Buffer) error{
 		packets.Connect: (*packets.Packet).ConnectEncode, packets.Publish: (*packets.Packet).PublishEncode,
 		packets.Puback: (*packets.Packet).PubackEncode, packets.Subscribe: (*packets.Packet).SubscribeEncode,
-		packets.Pingreq: (*packets.Packet).PingreqEncode, packets.Disconnect: (*packets.Packet).DisconnectEncode,
+		packets.Unsubscribe: (*packets.Packet).UnsubscribeEncode,
+		packets.Pingreq:     (*packets.Packet).PingreqEncode, packets.Disconnect: (*packets.Packet).DisconnectEncode,
 	}[pk.FixedHeader.Type]
 	check(d.t, encode(&pk, &buf))
 	_, err := d.conn.Write(buf.Bytes())
@@ -236,6 +237,7 @@ func (d *device) read() (packets.Packet, error) {
 	decode := map[byte]func(*packets.Packet, []byte) error{
 		packets.Connack: (*packets.Packet).ConnackDecode, packets.Publish: (*packets.Packet).PublishDecode,
 		packets.Puback: (*packets.Packet).PubackDecode, packets.Suback: (*packets.Packet).SubackDecode,
+		packets.Unsuback:   (*packets.Packet).UnsubackDecode,
 		packets.Disconnect: (*packets.Packet).DisconnectDecode, packets.Pingresp: (*packets.Packet).PingrespDecode,
 	}[pk.FixedHeader.Type]
 	if decode == nil {

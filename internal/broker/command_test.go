@@ -180,6 +180,19 @@ func TestPauseBetweenQueueAndWrite(t *testing.T) {
 	}
 }
 
+// Expiry: nothing is written after a command whose time is over, not even before
+// somebody has looked at the clock.
+func TestNothingIsWrittenAfterTheDeadline(t *testing.T) {
+	s := newSettableClock()
+	b := newBench(t, s.clock())
+	d := b.connect("T").listen()
+	b.command("command", s.clock().In(time.Hour))
+	d.wantMessage("command")
+	s.step(0, time.Hour)
+	d.send(packets.Packet{FixedHeader: packets.FixedHeader{Type: packets.Pingreq}})
+	d.wantReset()
+}
+
 func receiveMaximum(n uint16) func(*packets.Packet) {
 	return func(pk *packets.Packet) { pk.Properties.ReceiveMaximum = n }
 }

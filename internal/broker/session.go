@@ -110,8 +110,7 @@ func (s *session) isTaken() bool {
 
 // connect takes CONNECT as the first packet [MQTT-3.1.0-1] and answers it.
 func (s *session) connect() error {
-	_ = s.tls.SetReadDeadline(time.Now().Add(helloWithin))
-	pk, err := s.packet()
+	pk, err := s.packet(helloWithin)
 	if err != nil {
 		return err
 	}
@@ -195,11 +194,7 @@ func (s *session) connack(code packets.Code, p packets.Properties) {
 // read handles packets until one ends the session.
 func (s *session) read() error {
 	for {
-		_ = s.tls.SetReadDeadline(time.Now().Add(s.keepalive * 3 / 2)) // [MQTT-3.1.2-22]
-		if s.isTaken() || s.broker.closing.Err() != nil {
-			return errors.New("ended by the server") // the deadline above has undone theirs
-		}
-		pk, err := s.packet()
+		pk, err := s.packet(s.keepalive * 3 / 2) // [MQTT-3.1.2-22]
 		if err == nil {
 			err = s.take(pk)
 		}
@@ -209,8 +204,15 @@ func (s *session) read() error {
 	}
 }
 
-// packet reads one packet.
-func (s *session) packet() (pk packets.Packet, err error) {
+// errEnded ends a session that the server wants to end.
+var errEnded = errors.New("ended by the server")
+
+// packet reads one packet, the whole of which must come within a time.
+func (s *session) packet(within time.Duration) (pk packets.Packet, err error) {
+	_ = s.tls.SetReadDeadline(time.Now().Add(within))
+	if s.isTaken() || s.broker.closing.Err() != nil {
+		return pk, errEnded // the deadline above may have undone theirs
+	}
 	head, err := s.in.ReadByte()
 	if err != nil {
 		return pk, err

@@ -1,6 +1,7 @@
 package broker
 
 import (
+	"crypto/tls"
 	"fmt"
 	"net"
 	"strings"
@@ -19,32 +20,25 @@ import (
 func TestSilentConnectionsAreCutOff(t *testing.T) {
 	t.Parallel()
 	b := newBench(t, clock.System())
-	stops := map[string]func() net.Conn{
-		"after TCP": func() net.Conn {
-			c, err := net.Dial("tcp", b.addr)
-			check(t, err)
-			return c
-		},
-		"after TLS": func() net.Conn { return b.dial(b.ca.enrolled(t, "T")).conn },
-		"amid CONNECT": func() net.Conn {
-			d := b.dial(b.ca.enrolled(t, "T"))
-			_, err := d.conn.Write([]byte("\x10\x20\x00\x04MQTT"))
-			check(t, err)
-			return d.conn
-		},
-	}
-	for name, stop := range stops {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			start := time.Now()
-			c := stop()
+	start := time.Now()
+	afterTCP, err := net.Dial("tcp", b.addr)
+	check(t, err)
+	amidConnect := b.dial(b.ca.enrolled(t, "T"))
+	_, err = amidConnect.conn.Write([]byte("\x10\x20\x00\x04MQTT"))
+	check(t, err)
+	var silent sync.WaitGroup
+	for name, c := range map[string]net.Conn{
+		"after TCP": afterTCP, "after TLS": b.dial(b.ca.enrolled(t, "T")).conn, "amid CONNECT": amidConnect.conn,
+	} {
+		silent.Go(func() {
 			_ = c.SetReadDeadline(start.Add(patience))
 			_, err := c.Read(make([]byte, 1))
 			if took := time.Since(start); took < helloWithin-time.Second || took > helloWithin+3*time.Second {
-				t.Errorf("cut off after %s: %v", took, err)
+				t.Errorf("%s: cut off after %s: %v", name, took, err)
 			}
 		})
 	}
+	silent.Wait()
 }
 
 // Close ends at once, even while somebody has not said CONNECT, and disconnects
@@ -60,6 +54,26 @@ func TestCloseDoesNotWaitForTheSilent(t *testing.T) {
 	}
 	if code := d.want(packets.Disconnect).ReasonCode; code != packets.ErrServerShuttingDown.Code {
 		t.Errorf("DISCONNECT %#x", code)
+	}
+}
+
+// The same for one that is cut off between its handshake and its first wait.
+func TestCloseBeforeTheFirstWait(t *testing.T) {
+	b := newBench(t, clock.System())
+	l, err := net.ListenTCP("tcp", &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)})
+	check(t, err)
+	defer func() { _ = l.Close() }()
+	go b.over(&net.Dialer{}, l.Addr().String(), b.ca.enrolled(t, "T"))
+	tcp, err := l.AcceptTCP()
+	check(t, err)
+	w := newWire(tcp, b.clock)
+	c := tls.Server(w, b.tls)
+	check(t, c.Handshake())
+	b.Close()
+	start := time.Now()
+	newSession(b.Broker, "T", w, c).run()
+	if took := time.Since(start); took > helloWithin/2 {
+		t.Errorf("it took %s to end", took)
 	}
 }
 
@@ -265,11 +279,9 @@ func smallWindow() *net.Dialer {
 	}}
 }
 
-// A device that does not read harms only itself: its messages are dropped or it
-// is cut off, nobody is held up for long, and others get theirs. Not even what
-// it goes on sending keeps it.
+// A device that does not read harms only itself: it is cut off, whatever it goes
+// on sending, others get their messages, and nobody is held up.
 func TestSlowReaderHarmsOnlyItself(t *testing.T) {
-	t.Parallel()
 	for _, qos := range []byte{0, 1} {
 		t.Run(fmt.Sprintf("QoS %d", qos), func(t *testing.T) {
 			t.Parallel()
@@ -278,15 +290,7 @@ func TestSlowReaderHarmsOnlyItself(t *testing.T) {
 			slow := b.over(smallWindow(), b.addr, b.ca.enrolled(t, "slow")).connect("slow")
 			slow.subscribe(slow.topic("#"), qos)
 			gone := b.gone("slow")
-			go func() { // pings do not extend its time
-				for slow.write(packets.Packet{FixedHeader: packets.FixedHeader{Type: packets.Pingreq}}) == nil {
-					select {
-					case <-gone:
-						return
-					case <-time.After(50 * time.Millisecond):
-					}
-				}
-			}()
+			go slow.sendUntil(gone)
 			start, big := time.Now(), []byte(strings.Repeat("x", 60<<10))
 			flooded := make(chan struct{})
 			go func() {
@@ -299,16 +303,50 @@ func TestSlowReaderHarmsOnlyItself(t *testing.T) {
 				b.Publish(other.topic("update/delta"), fmt.Append(nil, i))
 				other.ack(other.wantMessage(fmt.Sprint(i)).PacketID)
 			}
-			if took := time.Since(start); took > writeWithin {
-				t.Errorf("another device's messages took %s", took)
-			}
 			await(t, flooded, "publishing to a device that does not read")
-			if took := time.Since(start); took > 2*writeWithin+2*time.Second {
+			if took := time.Since(start); took > writeWithin/2 {
 				t.Errorf("publishing was held up for %s", took)
 			}
 			await(t, gone, "the end of a connection that is not read")
+			if took := time.Since(start); took > writeWithin+5*time.Second {
+				t.Errorf("it was cut off after %s", took)
+			}
 		})
 	}
+}
+
+// sendUntil sends requests that ask for no answer.
+func (d *device) sendUntil(done <-chan struct{}) {
+	for d.write(publishPacket(d.topic("get"), "{}", 0)) == nil {
+		select {
+		case <-done:
+			return
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+}
+
+// A device that is silent for one and a half keep-alives is cut off
+// [MQTT-3.1.2-22]; one that is not, is not.
+func TestKeepAlive(t *testing.T) {
+	t.Parallel()
+	b := newBench(t, clock.System())
+	short := func(pk *packets.Packet) { pk.Connect.Keepalive = 1 }
+	silent, alive := b.connect("silent", short), b.connect("alive", short)
+	start, gone := time.Now(), b.gone("silent")
+	for done := false; !done; {
+		alive.ping()
+		select {
+		case <-gone:
+			done = true
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
+	if took := time.Since(start); took < 1400*time.Millisecond || took > 3*time.Second {
+		t.Errorf("cut off after %s", took)
+	}
+	_ = silent.wantEnd()
+	alive.ping()
 }
 
 // A device that floods waits for its own requests, and others do not.
@@ -333,6 +371,64 @@ func TestFloodHarmsOnlyItself(t *testing.T) {
 	for range many {
 		b.wantRequest(request{"flood", flood.topic("get"), "{}"})
 	}
+}
+
+// What is unsubscribed is not sent, and the delta's counts for presence no more.
+func TestUnsubscribe(t *testing.T) {
+	b := newBench(t, clock.System())
+	for _, version := range []byte{4, 5} {
+		d := b.connect("T", func(pk *packets.Packet) { pk.ProtocolVersion = version }).listen()
+		d.subscribe(d.topic("get/+"), 1)
+		d.send(packets.Packet{
+			FixedHeader: packets.FixedHeader{Type: packets.Unsubscribe, Qos: 1}, PacketID: 1,
+			Filters: packets.Subscriptions{{Filter: d.topic("#")}, {Filter: d.topic("never")}},
+		})
+		ack := d.want(packets.Unsuback)
+		if version == 5 && string(ack.ReasonCodes) != "\x00\x11" { // [MQTT-3.11.3-2]
+			t.Errorf("UNSUBACK %#x", ack.ReasonCodes)
+		}
+		if b.Present("T") {
+			t.Error("still present")
+		}
+		b.Publish(d.topic("update/delta"), []byte("unsubscribed"))
+		b.Publish(d.topic("get/accepted"), []byte("marker"))
+		d.wantMessage("marker")
+	}
+}
+
+// A message comes once, whatever filters overlap, with their identifiers
+// [MQTT-3.3.4-3] and the greatest of their QoS [MQTT-3.3.4-2].
+func TestOverlappingSubscriptions(t *testing.T) {
+	b := newBench(t, clock.System())
+	d := b.connect("T")
+	for id, sub := range map[int]packets.Subscription{7: {Filter: d.topic("#"), Qos: 1}, 9: {Filter: d.topic("get/+"), Qos: 0}} {
+		d.send(packets.Packet{
+			FixedHeader: packets.FixedHeader{Type: packets.Subscribe, Qos: 1}, PacketID: 1,
+			Properties: packets.Properties{SubscriptionIdentifier: []int{id}}, Filters: packets.Subscriptions{sub},
+		})
+		d.want(packets.Suback)
+	}
+	b.Publish(d.topic("get/accepted"), []byte("both"))
+	pk := d.wantMessage("both")
+	if ids := fmt.Sprint(pk.Properties.SubscriptionIdentifier); ids != "[7 9]" || pk.FixedHeader.Qos != 1 {
+		t.Errorf("identifiers %s, QoS %d", ids, pk.FixedHeader.Qos)
+	}
+	b.Publish(d.topic("update/delta"), []byte("marker"))
+	d.wantMessage("marker")
+}
+
+// A device is sent no packet that is larger than it takes [MQTT-3.1.2-24], and
+// a command that would be is refused.
+func TestMaximumPacketSize(t *testing.T) {
+	b := newBench(t, clock.System())
+	d := b.connect("T", func(pk *packets.Packet) { pk.Properties.MaximumPacketSize = 100 }).listen()
+	big := []byte(strings.Repeat("x", 100))
+	b.Publish(delta, big)
+	if err := b.Command("T", delta, big, clock.System().In(time.Hour), nil); err != shadow.ErrOffline {
+		t.Errorf("Command: %v", err)
+	}
+	b.Publish(delta, []byte("marker"))
+	d.wantMessage("marker")
 }
 
 // Subscriptions cost memory, so a device has a bounded number of them.

@@ -29,7 +29,6 @@ type Staged struct {
 	s             *Service
 	free          func()
 	a             Address
-	u             Update
 	before, after Document
 	at            time.Time // of after
 	command       *Command  // nil for a withdrawal
@@ -69,7 +68,7 @@ func (s *Service) stage(ctx context.Context, thing string, c *Command, u Update)
 		var after Document
 		at := s.clock.Wall()
 		if after, err = before.Apply(u, at); err == nil {
-			return &Staged{s: s, free: free, a: a, u: u, before: before, after: after, at: at, command: c}, nil
+			return &Staged{s: s, free: free, a: a, before: before, after: after, at: at, command: c}, nil
 		}
 	}
 	free()
@@ -95,9 +94,7 @@ func (g *Staged) Send() error {
 			return err
 		}
 	}
-	shown := g.s.view(g.a, g.after)
-	g.s.bus.Publish(g.a.Topic("update/accepted"), UpdateAccepted(g.u, g.after, g.at))
-	g.s.bus.Publish(g.a.Topic("update/documents"), Documents(g.s.view(g.a, g.before), shown, "", g.at))
+	g.s.document(g.a, g.before, g.after, "", g.at)
 	return nil
 }
 

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"sync"
+	"time"
 
 	"github.com/go-json-experiment/json/jsontext"
 	"github.com/openlock/openlock/internal/clock"
@@ -184,7 +185,7 @@ func (s *Service) update(ctx context.Context, from string, a Address, payload []
 	}
 	s.bus.Publish(a.Topic("update/accepted"), UpdateAccepted(u, after, now))
 	s.tell(a, "update/delta", after, func(d Document) ([]byte, bool) { return d.Delta(u.ClientToken, now) })
-	s.bus.Publish(a.Topic("update/documents"), Documents(s.view(a, before), s.view(a, after), u.ClientToken, now))
+	s.document(a, before, after, u.ClientToken, now)
 	return nil
 }
 
@@ -201,6 +202,12 @@ func (s *Service) tell(a Address, suffix string, d Document, body func(Document)
 	if b, ok := body(without(a, d)); ok {
 		s.bus.Publish(a.Topic(suffix), b)
 	}
+}
+
+// document publishes what an update has changed. A command is never in it: that
+// leaves by its delta and by get alone, where it has its deadline.
+func (s *Service) document(a Address, before, after Document, token string, now time.Time) {
+	s.bus.Publish(a.Topic("update/documents"), Documents(without(a, before), without(a, after), token, now))
 }
 
 // commands says whether an update would touch the command in a desired state,
@@ -232,14 +239,6 @@ func (s *Service) hear(ctx context.Context, from string, a Address, u Update) er
 		return (&Error{Code: 400, Message: err.Error()}).For(u.ClientToken)
 	}
 	return s.reports(ctx, a.Thing, r)
-}
-
-// view is a document as it may be shown: without a command that is not live.
-func (s *Service) view(a Address, d Document) Document {
-	if _, ok := s.shown(a, d); ok {
-		return d
-	}
-	return without(a, d)
 }
 
 // without is a document without its command, if it holds one.

@@ -70,13 +70,35 @@ func Open(ctx context.Context, folder string) (*DB, error) {
 	if err != nil {
 		return nil, errors.Join(err, write.Close())
 	}
-	read.SetMaxOpenConns(4)
-	read.SetMaxIdleConns(4)
+	read.SetMaxOpenConns(readers)
+	read.SetMaxIdleConns(readers)
+	if err := errors.Join(reserve(ctx, write, 1), reserve(ctx, read, readers)); err != nil {
+		return nil, errors.Join(fmt.Errorf("open %s: %w", path, err), write.Close(), read.Close())
+	}
 	w, err := newWriter(ctx, write, filepath.Join(folder, "write.lock"))
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("open %s: %w", path, err), write.Close(), read.Close())
 	}
 	return &DB{write: write, read: read, writer: w}, nil
+}
+
+// readers is how many connections read.
+const readers = 4
+
+// reserve opens connections before they are needed: when the process runs out
+// of file descriptors, what it has still works.
+func reserve(ctx context.Context, db *sql.DB, n int) error {
+	for range n {
+		c, err := db.Conn(ctx)
+		if err != nil {
+			return err
+		}
+		defer c.Close() // back into the pool, once all are open
+		if _, err := c.ExecContext(ctx, `SELECT 1 FROM sqlite_schema`); err != nil { // SQLite opens its files at first use
+			return err
+		}
+	}
+	return nil
 }
 
 // dsn: WAL with synchronous=FULL syncs the log to disk at every commit
