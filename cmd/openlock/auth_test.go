@@ -151,11 +151,11 @@ func (r *rig) exchangeWith(method, path, body string, headers ...string) reply {
 // badKeys are X-API-Key headers that name nobody.
 func (r *rig) badKeys(good, token string) map[string]string {
 	revoked, c := r.credential("acme", store.APIKey)
-	r.must(r.registry.Revoke(r.t.Context(), "acme", c.ID))
+	r.must(r.registry.Revoke(r.t.Context(), store.APIKey, "acme", c.ID))
 	expired, _, err := r.before(2*time.Hour).Create(r.t.Context(), auth.NewCredential{Kind: store.APIKey, Org: "acme", Expires: time.Hour})
 	r.must(err)
 	rotated, c := r.credential("acme", store.APIKey)
-	_, _, err = r.before(2*time.Hour).Rotate(r.t.Context(), "acme", c.ID, time.Hour)
+	_, _, err = r.before(2*time.Hour).Rotate(r.t.Context(), store.APIKey, "acme", c.ID, time.Hour)
 	r.must(err)
 	secret, _ := r.credential("acme", store.Client)
 	return map[string]string{
@@ -192,7 +192,7 @@ func (r *rig) badTokens(key, user, good string) map[string]string {
 	suspended, _ := mint(r.issuer, suspendedUser, time.Now())
 	r.must(r.registry.SuspendUser(r.t.Context(), suspendedUser))
 	client, service := r.service("acme")
-	r.must(r.registry.Revoke(r.t.Context(), "acme", client))
+	r.must(r.registry.Revoke(r.t.Context(), store.Client, "acme", client))
 	part := strings.Split(good, ".")
 	none := enc(`{"alg":"none"}`) + "." + part[1] + "."
 	hmac := must(jwt.NewWithClaims(jwt.SigningMethodHS256, jwt.MapClaims{
@@ -235,6 +235,7 @@ func TestWhoeverIsNotKnownIsTurnedAway(t *testing.T) {
 		cases["token beside a key: "+name] = []string{"X-API-Key", acme.key, "Authorization", token}
 	}
 	for name, headers := range cases {
+		r.refused(name+", reading", http.StatusUnauthorized, func() reply { return r.exchangeWith("GET", "/locks/1/details", "", headers...) })
 		r.refused(name, http.StatusUnauthorized, func() reply {
 			a := r.exchangeWith("POST", openPath(1), `{}`, headers...)
 			if a.header.Get("WWW-Authenticate") != `Bearer realm="openlock"` {
@@ -419,7 +420,7 @@ func TestAServiceGetsATokenForItsSecret(t *testing.T) {
 	secret, client := r.credential("acme", store.Client, "locks:read", "locks:open")
 	otherSecret, _ := r.credential("acme", store.Client)
 	revokedSecret, revoked := r.credential("acme", store.Client)
-	r.must(r.registry.Revoke(t.Context(), "acme", revoked.ID))
+	r.must(r.registry.Revoke(t.Context(), store.Client, "acme", revoked.ID))
 	key, keyRow := r.credential("acme", store.APIKey)
 	basic := func(id, secret string) string {
 		req := must(http.NewRequest("POST", "/", nil))
@@ -578,7 +579,9 @@ func newIDP(t *testing.T, jwks func(w http.ResponseWriter, set []byte)) *idp {
 func (p *idp) sign(claims jwt.MapClaims) creds {
 	all := jwt.MapClaims{"iss": p.URL, "aud": "doors", "exp": time.Now().Add(time.Hour).Unix()}
 	for name, v := range claims {
-		all[name] = v
+		if all[name] = v; v == nil {
+			delete(all, name)
+		}
 	}
 	token := jwt.NewWithClaims(jwt.SigningMethodES256, all)
 	token.Header["kid"] = "k1"

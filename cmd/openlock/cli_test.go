@@ -1,3 +1,5 @@
+//go:build linux
+
 package main
 
 import (
@@ -25,6 +27,7 @@ import (
 	"github.com/openlock/openlock/internal/contract/contracttest"
 	"github.com/openlock/openlock/internal/device"
 	"github.com/openlock/openlock/internal/lock"
+	"github.com/openlock/openlock/internal/store"
 	"golang.org/x/sys/unix"
 )
 
@@ -417,6 +420,19 @@ func TestServeAnnouncesWhatItDoesAndWhatIsMissing(t *testing.T) {
 	}
 }
 
+// A signal may come at once.
+func TestServeEndedWhileItAnnounces(t *testing.T) {
+	data := filepath.Join(t.TempDir(), "data")
+	ctx, end := context.WithCancel(t.Context())
+	log := &logBuffer{}
+	if err := run(ctx, append([]string{"openlock"}, serveFlags(data)...), firstWrite{end}, log); err != nil {
+		t.Error(err)
+	}
+	if !strings.Contains(log.String(), "stopping: requests under way are answered first") {
+		t.Errorf("it did not end in good order:\n%s", log)
+	}
+}
+
 func TestServeOnAPortInUse(t *testing.T) {
 	taken, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -559,6 +575,9 @@ func TestDescriptorsRunOut(t *testing.T) {
 	cmd := exec.Command("sh", append([]string{"-c", fmt.Sprintf(`ulimit -n %d; exec "$0" "$@"`, limit), binary(t)}, serveFlags(data)...)...)
 	s := announced(t, cmd)
 	s.await(s.stdout, fmt.Sprintf(`\n  missing  open files: only %d are allowed.*ulimit -n`, limit))
+	if n := held(t, s.cmd.Process.Pid, store.File); n < 5 {
+		t.Errorf("%d descriptors of the database are held from the start, not one for the writer and each of four readers", n)
+	}
 	d := s.door(t, 5, data, key)
 	opens := func() {
 		t.Helper()
@@ -590,6 +609,21 @@ func TestDescriptorsRunOut(t *testing.T) {
 	d.run()
 	d.await(device.Connected)
 	opens()
+}
+
+// held counts the descriptors that a process holds of a file.
+func held(t *testing.T, pid int, name string) (n int) {
+	t.Helper()
+	fds, err := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", pid))
+	if err != nil || len(fds) == 0 {
+		t.Fatalf("no descriptors of process %d: %v", pid, err)
+	}
+	for _, fd := range fds {
+		if target, err := os.Readlink(fd); err == nil && filepath.Base(target) == name {
+			n++
+		}
+	}
+	return n
 }
 
 func TestSIGTERMAnswersWhoWaits(t *testing.T) {

@@ -202,7 +202,7 @@ func TestKilledAtAnyMoment(t *testing.T) {
 	close(c.stop)
 	c.done.Wait()
 	p.kill()
-	p = serveBinary(t, data, p.http, p.mqtt) // closes what is unfinished
+	serveBinary(t, data, p.http, p.mqtt) // closes what is unfinished
 	total := 0
 	for _, id := range locks {
 		doors[id].stop()

@@ -143,7 +143,7 @@ func (k credentials) rotate(ctx context.Context, cmd *cli.Command, f *folder, ou
 	if err != nil {
 		return err
 	}
-	secret, c, err := f.registry.Rotate(ctx, org(cmd), id, cmd.Duration("overlap"))
+	secret, c, err := f.registry.Rotate(ctx, k.kind, org(cmd), id, cmd.Duration("overlap"))
 	return k.show(out, secret, c, err)
 }
 
@@ -165,7 +165,7 @@ func (k credentials) revoke(ctx context.Context, cmd *cli.Command, f *folder, ou
 	if err != nil {
 		return err
 	}
-	if err := f.registry.Revoke(ctx, org(cmd), id); err != nil {
+	if err := f.registry.Revoke(ctx, k.kind, org(cmd), id); err != nil {
 		return err
 	}
 	fmt.Fprintln(out, "revoked")

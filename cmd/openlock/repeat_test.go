@@ -145,7 +145,7 @@ func TestAnotherCredentialIsTheSameCaller(t *testing.T) {
 	r.device(1)
 	a := r.opensAt(1, key, `{"requestId":"r"}`, "Idempotency-Key", "k")
 	r.fresh(a)
-	successor, _, err := r.registry.Rotate(t.Context(), "acme", made.ID, 0)
+	successor, _, err := r.registry.Rotate(t.Context(), store.APIKey, "acme", made.ID, 0)
 	r.must(err)
 	r.want(r.send("POST", openPath(1), key, `{"requestId":"r"}`), http.StatusUnauthorized)
 	r.repeat(r.send("POST", openPath(1), creds{key: successor}, `{"requestId":"r"}`), a)
@@ -172,7 +172,7 @@ func TestARepeatIsAuthorisedAfresh(t *testing.T) {
 		status int
 	}{
 		{"key taken away", holder, func() { r.want(r.send("POST", "/locks/1/RemoveKey", acme, `{"keyUuid":"key-of-1"}`), http.StatusOK) }, http.StatusForbidden},
-		{"credential revoked", creds{key: key}, func() { r.must(r.registry.Revoke(t.Context(), "acme", made.ID)) }, http.StatusUnauthorized},
+		{"credential revoked", creds{key: key}, func() { r.must(r.registry.Revoke(t.Context(), store.APIKey, "acme", made.ID)) }, http.StatusUnauthorized},
 		{"lock given away", acme, func() { r.want(r.send("POST", "/locks/1/SetOrganization", acme, `{"orgId":"beta"}`), http.StatusOK) }, http.StatusForbidden},
 		{"user suspended", owner, func() { r.must(r.registry.SuspendUser(t.Context(), ownerOfOne)) }, http.StatusUnauthorized},
 	} {

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"crypto/tls"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -73,8 +74,34 @@ func openFolder(ctx context.Context, path string) (*folder, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open the data folder: %w", err)
 	}
-	c := clock.System()
+	c, err := openClock(ctx, db)
+	if err != nil {
+		return nil, errors.Join(err, db.Close())
+	}
 	return &folder{path: path, db: db, clock: c, registry: auth.NewRegistry(db, c)}, nil
+}
+
+// clockSetting is where steady time is anchored from run to run.
+const clockSetting = "clock"
+
+func openClock(ctx context.Context, db *store.DB) (clock.Clock, error) {
+	var last clock.Anchor
+	known, err := db.Setting(ctx, clockSetting)
+	if err == nil {
+		err = json.Unmarshal([]byte(known), &last)
+	}
+	if err != nil && !errors.Is(err, store.ErrNotFound) {
+		return clock.Clock{}, fmt.Errorf("read the clock's anchor: %w", err)
+	}
+	c, next := clock.System(last)
+	if next == last {
+		return c, nil
+	}
+	b, err := json.Marshal(next)
+	if err == nil {
+		err = db.SetSetting(ctx, clockSetting, string(b))
+	}
+	return c, err
 }
 
 // writable tries it out, with some bytes: a full disk still takes empty files.

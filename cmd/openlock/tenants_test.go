@@ -353,8 +353,8 @@ func TestNothingIsRecordedForACredentialThatHasJustEnded(t *testing.T) {
 		creds
 		end func() error
 	}{
-		{"key", creds{key: key}, func() error { return r.registry.Revoke(t.Context(), "acme", c.ID) }},
-		{"client", service, func() error { return r.registry.Revoke(t.Context(), "acme", client) }},
+		{"key", creds{key: key}, func() error { return r.registry.Revoke(t.Context(), store.APIKey, "acme", c.ID) }},
+		{"client", service, func() error { return r.registry.Revoke(t.Context(), store.Client, "acme", client) }},
 		{"token", creds{token: token}, func() error { return r.registry.RevokeToken(t.Context(), claims.ID) }},
 		{"user", owner, func() error { return r.registry.SuspendUser(t.Context(), ownerOfOne) }},
 	} {

@@ -134,8 +134,13 @@ func (s *Server) listCredentials(c *call, kind store.CredentialKind) error {
 	return nil
 }
 
+func (s *Server) rotateKey(c *call) error    { return s.rotate(c, store.APIKey) }
+func (s *Server) rotateClient(c *call) error { return s.rotate(c, store.Client) }
+func (s *Server) revokeKey(c *call) error    { return s.revoke(c, store.APIKey) }
+func (s *Server) revokeClient(c *call) error { return s.revoke(c, store.Client) }
+
 // rotate makes a successor; the old one lives on for the overlap.
-func (s *Server) rotate(c *call) error {
+func (s *Server) rotate(c *call, kind store.CredentialKind) error {
 	var in struct {
 		Overlap opt[int64] `json:"overlapSeconds"`
 	}
@@ -145,7 +150,8 @@ func (s *Server) rotate(c *call) error {
 	if err := seconds("overlapSeconds", in.Overlap, 0); err != nil {
 		return err
 	}
-	secret, made, err := s.registry.Rotate(c.r.Context(), c.r.PathValue("org"), c.r.PathValue("credential"), time.Duration(in.Overlap.V)*time.Second)
+	overlap := time.Duration(in.Overlap.V) * time.Second
+	secret, made, err := s.registry.Rotate(c.r.Context(), kind, c.r.PathValue("org"), c.r.PathValue("credential"), overlap)
 	if err != nil {
 		return err
 	}
@@ -153,8 +159,8 @@ func (s *Server) rotate(c *call) error {
 	return nil
 }
 
-func (s *Server) revoke(c *call) error {
-	return s.done(c, s.registry.Revoke(c.r.Context(), c.r.PathValue("org"), c.r.PathValue("credential")))
+func (s *Server) revoke(c *call, kind store.CredentialKind) error {
+	return s.done(c, s.registry.Revoke(c.r.Context(), kind, c.r.PathValue("org"), c.r.PathValue("credential")))
 }
 
 func (s *Server) suspendUser(c *call) error {

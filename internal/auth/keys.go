@@ -82,11 +82,11 @@ func (r *Registry) Create(ctx context.Context, n NewCredential) (secret string, 
 
 // Rotate makes a credential like an old one, which ends after the overlap.
 // Refuses with store.ErrNotFound.
-func (r *Registry) Rotate(ctx context.Context, org, id string, overlap time.Duration) (secret string, c store.Credential, err error) {
+func (r *Registry) Rotate(ctx context.Context, kind store.CredentialKind, org, id string, overlap time.Duration) (secret string, c store.Credential, err error) {
 	if overlap < 0 {
 		return "", c, fmt.Errorf("%w: overlap must not be negative", ErrInput)
 	}
-	old, err := r.db.Credential(ctx, org, id)
+	old, err := r.find(ctx, kind, org, id)
 	if err != nil {
 		return "", c, err
 	}
@@ -104,8 +104,19 @@ func (r *Registry) Rotate(ctx context.Context, org, id string, overlap time.Dura
 }
 
 // Revoke ends a credential at once. Refuses with store.ErrNotFound.
-func (r *Registry) Revoke(ctx context.Context, org, id string) error {
+func (r *Registry) Revoke(ctx context.Context, kind store.CredentialKind, org, id string) error {
+	if _, err := r.find(ctx, kind, org, id); err != nil {
+		return err
+	}
 	return r.db.RevokeCredential(ctx, org, id, r.clock.Wall())
+}
+
+func (r *Registry) find(ctx context.Context, kind store.CredentialKind, org, id string) (store.Credential, error) {
+	c, err := r.db.Credential(ctx, org, id)
+	if err == nil && c.Kind != kind {
+		err = store.ErrNotFound
+	}
+	return c, err
 }
 
 // List shows an organisation's credentials of a kind, without secrets.
@@ -121,15 +132,25 @@ func (r *Registry) Organizations(ctx context.Context) ([]store.Organization, err
 
 // SuspendUser makes all tokens of a user invalid. Refuses with ErrInput.
 func (r *Registry) SuspendUser(ctx context.Context, user string) error {
-	if !canonicalUUID(user) {
-		return fmt.Errorf("%w: a user is named by a lower-case UUID", ErrInput)
+	if err := checkUserID(user); err != nil {
+		return err
 	}
 	return r.db.SuspendUser(ctx, user, r.clock.Wall())
 }
 
-// ReactivateUser ends a suspension.
+// ReactivateUser ends a suspension. Refuses with ErrInput.
 func (r *Registry) ReactivateUser(ctx context.Context, user string) error {
+	if err := checkUserID(user); err != nil {
+		return err
+	}
 	return r.db.ReactivateUser(ctx, user)
+}
+
+func checkUserID(user string) error {
+	if !canonicalUUID(user) {
+		return fmt.Errorf("%w: a user is named by a lower-case UUID", ErrInput)
+	}
+	return nil
 }
 
 // RevokeToken makes the token with a jti invalid. Refuses with ErrInput.

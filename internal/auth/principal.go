@@ -1,3 +1,7 @@
+// Package auth finds out who is calling: JWTs of external issuers and of the
+// built-in one, API keys and OAuth clients. It makes a Principal, whose rights
+// access judges. It never falls back from a bad credential to another, and no
+// credential is ever in an error or a log.
 package auth
 
 import (

@@ -9,12 +9,11 @@ import (
 	"time"
 
 	"github.com/mochi-mqtt/server/v2/packets"
-	"github.com/openlock/openlock/internal/clock"
 )
 
 // Invariant 10: a device connects only with a certificate of this authority.
 func TestCertificateMustBeOurs(t *testing.T) {
-	b := newBench(t, clock.System())
+	b := newBench(t, system)
 	tests := map[string][]tls.Certificate{
 		"none":            nil,
 		"of another CA":   {newCA(t).enrolled(t, "T")},
@@ -34,7 +33,7 @@ func TestCertificateMustBeOurs(t *testing.T) {
 // Invariant 10: a device connects only under its own client id, and the name is
 // a thing's ([a-zA-Z0-9:_-]{1,128}).
 func TestClientIDMustBeTheNameInTheCertificate(t *testing.T) {
-	b := newBench(t, clock.System())
+	b := newBench(t, system)
 	tests := []struct{ name, cert, id string }{
 		{"another's", "T", "victim"},
 		{"none", "T", ""},
@@ -62,7 +61,7 @@ func TestClientIDMustBeTheNameInTheCertificate(t *testing.T) {
 
 // Broker: ALPN x-amzn-mqtt-ca is accepted on any port.
 func TestALPN(t *testing.T) {
-	b := newBench(t, clock.System())
+	b := newBench(t, system)
 	for _, offered := range []string{"x-amzn-mqtt-ca", "mqtt"} {
 		c, err := tls.Dial("tcp", b.addr, &tls.Config{
 			RootCAs: b.ca.Pool(), ServerName: "localhost", NextProtos: []string{offered},
@@ -79,7 +78,7 @@ func TestALPN(t *testing.T) {
 // Invariant 10: a device publishes only its own requests. Whoever listens to
 // everything of their own hears nothing of what it tries.
 func TestPublishOnlyOwnRequests(t *testing.T) {
-	b := newBench(t, clock.System())
+	b := newBench(t, system)
 	victim := b.connect("victim").listen()
 	topics := []string{
 		victim.topic("update"), victim.topic("get"), victim.topic("update/delta"), "$aws/things/victim/shadow/name/n/update",
@@ -117,7 +116,7 @@ func attack(t *testing.T, b *bench, version byte, topic string) {
 
 // A topic alias is no way around the check: none is granted [MQTT-3.3.2-9].
 func TestTopicAliasDoesNotHideATopic(t *testing.T) {
-	b := newBench(t, clock.System())
+	b := newBench(t, system)
 	for _, topic := range []string{"$aws/things/victim/shadow/update", "$aws/things/T/shadow/update", ""} {
 		d := b.connect("T")
 		pk := publishPacket(topic, "attack", 1)
@@ -135,7 +134,7 @@ func TestTopicAliasDoesNotHideATopic(t *testing.T) {
 // Invariant 10: a device subscribes only below its own name. No share and
 // no wildcard before it is a way around that.
 func TestSubscribeOnlyBelowOwnName(t *testing.T) {
-	b := newBench(t, clock.System())
+	b := newBench(t, system)
 	refused := []string{
 		"#", "+/#", "+/things/victim/shadow/#", "+/+/+/+/#", "$aws/#", "$aws/things/#", "$aws/things/+/shadow/#",
 		"$aws/things/victim/shadow/update/delta", "$aws/things/T2/shadow/#", "$aws/things/T/#", "$aws/things/T/shadow",
@@ -165,7 +164,7 @@ func TestSubscribeOnlyBelowOwnName(t *testing.T) {
 
 // Invariant 10: a device leaves a Last Will only under its own name.
 func TestLastWillOnlyOnOwnRequests(t *testing.T) {
-	b := newBench(t, clock.System())
+	b := newBench(t, system)
 	victim := b.connect("victim").listen()
 	for _, topic := range []string{
 		victim.topic("update/delta"), victim.topic("update"), "$aws/things/T/shadow/update/delta", "$aws/things/T/shadow/#", "x",
@@ -196,7 +195,7 @@ func withWill(topic, payload string) func(*packets.Packet) {
 // A Last Will on one's own shadow is one's own update. It comes at once, for
 // the session ends with the connection [MQTT-3.1.3-9], and comes once.
 func TestLastWillIsADevicesOwnUpdate(t *testing.T) {
-	b := newBench(t, clock.System())
+	b := newBench(t, system)
 	topic := "$aws/things/T/shadow/update"
 	delayed := func(pk *packets.Packet) {
 		pk.Properties.SessionExpiryInterval, pk.Properties.SessionExpiryIntervalFlag = 3600, true
@@ -234,7 +233,7 @@ func TestLastWillIsADevicesOwnUpdate(t *testing.T) {
 
 // Nothing is retained, neither of a device's nor of the server's.
 func TestNothingIsRetained(t *testing.T) {
-	b := newBench(t, clock.System())
+	b := newBench(t, system)
 	d := b.connect("T").listen()
 	pk := publishPacket(d.topic("update"), "mine", 1)
 	pk.FixedHeader.Retain = true
@@ -256,7 +255,7 @@ func TestNothingIsRetained(t *testing.T) {
 
 // QoS 2 is not offered: CONNACK says so, and who uses it is cut off [MQTT-3.2.2-11].
 func TestQoS2IsRefused(t *testing.T) {
-	b := newBench(t, clock.System())
+	b := newBench(t, system)
 	for _, version := range []byte{4, 5} {
 		d := b.connect("T", func(pk *packets.Packet) { pk.ProtocolVersion = version })
 		d.publish(d.topic("update"), "x", 2)
@@ -274,7 +273,7 @@ func TestQoS2IsRefused(t *testing.T) {
 // What an MQTT 5 device must not do, it is told: no retained messages, no
 // shares, no larger packets [MQTT-3.2.2-14] [MQTT-3.2.2-15].
 func TestConnackTellsTheLimits(t *testing.T) {
-	b := newBench(t, clock.System())
+	b := newBench(t, system)
 	p := b.dial(b.ca.enrolled(t, "T")).hello("T").Properties
 	if !p.RetainAvailableFlag || p.RetainAvailable != 0 || !p.SharedSubAvailableFlag || p.SharedSubAvailable != 0 || p.MaximumPacketSize != packetMost {
 		t.Errorf("CONNACK: %+v", p)
@@ -283,7 +282,7 @@ func TestConnackTellsTheLimits(t *testing.T) {
 
 // A PUBACK carries nothing of the PUBLISH [MQTT-3.4.2-3].
 func TestPubackOfAPublishWithProperties(t *testing.T) {
-	b := newBench(t, clock.System())
+	b := newBench(t, system)
 	d := b.connect("T")
 	pk := publishPacket(d.topic("update"), "x", 1)
 	pk.Properties.User = []packets.UserProperty{{Key: "k", Val: "v"}}
@@ -295,7 +294,7 @@ func TestPubackOfAPublishWithProperties(t *testing.T) {
 
 // Who breaks the protocol is cut off, and others do not notice.
 func TestMalformedPackets(t *testing.T) {
-	b := newBench(t, clock.System())
+	b := newBench(t, system)
 	other := b.connect("other")
 	cert := b.ca.enrolled(t, "T")
 	tooLarge := "\x30\x80\x80\x04" // PUBLISH of 64 KiB
@@ -336,7 +335,7 @@ func TestMalformedPackets(t *testing.T) {
 
 // Invariant 14: what a device sends may hold anything, so it is not logged.
 func TestPayloadsAreNotLogged(t *testing.T) {
-	b := newBench(t, clock.System())
+	b := newBench(t, system)
 	d := b.connect("T", v311, func(pk *packets.Packet) {
 		pk.Connect.PasswordFlag, pk.Connect.Password = true, []byte("secret-password")
 		pk.Connect.UsernameFlag, pk.Connect.Username = true, []byte("?SDK=x")

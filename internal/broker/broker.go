@@ -22,7 +22,6 @@ import (
 
 	"github.com/openlock/openlock/internal/clock"
 	"github.com/openlock/openlock/internal/shadow"
-	"golang.org/x/sys/unix"
 )
 
 // Handler takes a shadow request from a thing's own authenticated connection.
@@ -32,9 +31,6 @@ type Handler func(ctx context.Context, thing string, a shadow.Address, op shadow
 const (
 	// helloWithin bounds the TLS handshake, and then the wait for CONNECT.
 	helloWithin = 5 * time.Second
-	// userTimeout is how long sent bytes may stay unacknowledged by the device's
-	// TCP (TCP_USER_TIMEOUT): no more than a command's lifetime.
-	userTimeout = 10 * time.Second
 	// pauseFull is how long accepting rests when no file descriptor is free.
 	pauseFull = 100 * time.Millisecond
 )
@@ -118,18 +114,6 @@ func (b *Broker) shake(tcp *net.TCPConn) {
 	}
 	name := c.ConnectionState().PeerCertificates[0].Subject.CommonName
 	newSession(b, name, wire, c).run()
-}
-
-func setUserTimeout(c *net.TCPConn) error {
-	raw, err := c.SyscallConn()
-	if err != nil {
-		return err
-	}
-	var serr error
-	err = raw.Control(func(fd uintptr) {
-		serr = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(userTimeout.Milliseconds()))
-	})
-	return errors.Join(err, serr)
 }
 
 // Close disconnects every device and waits until nothing runs for any of them.

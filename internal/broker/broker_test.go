@@ -384,3 +384,6 @@ func check(t *testing.T, err error) {
 		t.Fatal(err)
 	}
 }
+
+// system is the machine's clock.
+var system, _ = clock.System(clock.Anchor{})

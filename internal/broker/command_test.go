@@ -83,13 +83,13 @@ func TestCommandOnTheWire(t *testing.T) {
 
 // Bus: Command refuses with ErrOffline when nothing was or will be sent.
 func TestCommandToNobody(t *testing.T) {
-	b := newBench(t, clock.System())
-	until := clock.System().In(time.Hour)
-	if err := b.Command("T", delta, []byte("command"), until, nil); err != shadow.ErrOffline {
+	b := newBench(t, system)
+	until := system.In(time.Hour)
+	if err := b.Command("T", delta, []byte("command"), until, nil); !errors.Is(err, shadow.ErrOffline) {
 		t.Errorf("never connected: %v", err)
 	}
 	d := b.connect("T")
-	if err := b.Command("T", delta, []byte("command"), until, nil); err != shadow.ErrOffline {
+	if err := b.Command("T", delta, []byte("command"), until, nil); !errors.Is(err, shadow.ErrOffline) {
 		t.Errorf("not subscribed: %v", err)
 	}
 	d.listen()
@@ -103,7 +103,7 @@ func TestCommandToNobody(t *testing.T) {
 	for i := inflightMost; i < room; i++ {
 		b.Publish(d.topic("get/accepted"), fmt.Append(nil, i))
 	}
-	if err := b.Command("T", delta, []byte("command"), until, nil); err != shadow.ErrOffline {
+	if err := b.Command("T", delta, []byte("command"), until, nil); !errors.Is(err, shadow.ErrOffline) {
 		t.Errorf("no room: %v", err)
 	}
 	for id := range uint16(inflightMost) {
@@ -118,7 +118,7 @@ func TestCommandToNobody(t *testing.T) {
 // Expiry: a connection that has not acknowledged by the deadline is reset, with
 // nothing after the command.
 func TestUnacknowledgedCommandResetsTheConnection(t *testing.T) {
-	c := clock.System()
+	c := system
 	b := newBench(t, c)
 	d := b.connect("T").listen()
 	until := c.In(300 * time.Millisecond)
@@ -158,6 +158,20 @@ func TestDeadlineByEitherClock(t *testing.T) {
 			})
 		}
 	}
+}
+
+// What was acknowledged has no deadline any more.
+func TestAcknowledgedCommandEndsNothing(t *testing.T) {
+	s := newSettableClock()
+	b := newBench(t, s.clock())
+	d := b.connect("T").listen()
+	const life = 50 * time.Millisecond
+	b.command("command", s.clock().In(life))
+	d.ack(d.wantMessage("command").PacketID)
+	d.ping()
+	s.step(time.Hour, time.Hour)
+	<-time.After(2 * life) // the broker has looked
+	d.ping()
 }
 
 // Expiry: checked at the socket write. The process is paused after the command
@@ -272,7 +286,7 @@ func TestDroppedCommand(t *testing.T) {
 	for i := range queuedMost {
 		b.Publish(delta, fmt.Append(nil, i))
 	}
-	if err := b.Command("T", delta, []byte("command"), s.clock().In(time.Hour), nil); err != shadow.ErrOffline {
+	if err := b.Command("T", delta, []byte("command"), s.clock().In(time.Hour), nil); !errors.Is(err, shadow.ErrOffline) {
 		t.Errorf("Command: %v", err)
 	}
 	s.step(2*time.Hour, 2*time.Hour)
@@ -281,6 +295,17 @@ func TestDroppedCommand(t *testing.T) {
 		d.ack(d.wantMessage(fmt.Sprint(i)).PacketID)
 	}
 	d.ping()
+}
+
+// Packet ids wrap around past what is still unacknowledged, and 0 is none
+// [MQTT-2.2.1-3].
+func TestPacketIDsWrapAround(t *testing.T) {
+	o := &outbox{unacked: map[uint16]*message{65534: {}, 1: {}}, lastID: 65533}
+	for _, want := range []uint16{65535, 2} {
+		if got := o.publish(&message{topic: delta, qos: 1}).PacketID; got != want {
+			t.Errorf("packet id %d, want %d", got, want)
+		}
+	}
 }
 
 // link is a stretch of network between a device and the broker that can fail.
@@ -357,7 +382,7 @@ func (d *device) wantNoCommand() {
 
 // Invariant 1: a half-open connection delivers no command after its deadline.
 func TestHalfOpenLink(t *testing.T) {
-	c := clock.System()
+	c := system
 	b := newBench(t, c)
 	l := newLink(t, b.addr)
 	d := b.over(&net.Dialer{}, l.addr, b.ca.enrolled(t, "T")).connect("T").listen()
@@ -372,11 +397,11 @@ func TestHalfOpenLink(t *testing.T) {
 // The same if the device comes back by another way before the deadline: the
 // older connection is closed, and what its kernel holds is thrown away.
 func TestHalfOpenLinkOfAnOlderConnection(t *testing.T) {
-	b := newBench(t, clock.System())
+	b := newBench(t, system)
 	l := newLink(t, b.addr)
 	d := b.over(&net.Dialer{}, l.addr, b.ca.enrolled(t, "T")).connect("T").listen()
 	b.stall(l, d)
-	b.command("command", clock.System().In(time.Minute))
+	b.command("command", system.In(time.Minute))
 	b.connect("T")
 	l.mu.Unlock()
 	d.wantNoCommand()

@@ -9,19 +9,35 @@ type Clock struct {
 	// Wall is the time of day, UTC. It may be stepped by its keeper. Deadlines on
 	// the wire and expiry of credentials go by it.
 	Wall func() time.Time
-	// Steady is the time of day at the start of the process plus the time that has
-	// passed since. It is never stepped, so spans measured by it are true.
+	// Steady only ever goes on, as fast as time does: setting the clock does not
+	// touch it. Spans measured by it are true. Its value is near the time of day.
 	Steady func() time.Time
 }
 
-// System is the machine's clock.
-func System() Clock {
-	start := time.Now() // carries a monotonic reading
-	base := start.UTC().Round(0)
+// Anchor ties steady time to the machine's own uptime, so that it goes on from
+// one run of the program to the next, whatever is done to the clock meanwhile.
+type Anchor struct {
+	Boot   string        `json:"boot"`   // which start of the machine
+	Uptime time.Duration `json:"uptime"` // of the machine, when
+	Steady time.Time     `json:"steady"` // steady time was this
+}
+
+// System is the machine's clock. It continues steady time from an anchor of an
+// earlier run, and answers with the anchor for the next: another one after the
+// machine was started anew, which is all that can be known then.
+func System(last Anchor) (Clock, Anchor) {
+	boot, uptime := machine()
+	a := last
+	if a.Boot == "" || a.Boot != boot {
+		a = Anchor{Boot: boot, Uptime: uptime(), Steady: time.Now().UTC().Round(0)}
+		if a.Steady.Before(last.Steady) {
+			a.Steady = last.Steady
+		}
+	}
 	return Clock{
 		Wall:   func() time.Time { return time.Now().UTC().Round(0) },
-		Steady: func() time.Time { return base.Add(time.Since(start)) },
-	}
+		Steady: func() time.Time { return a.Steady.Add(uptime() - a.Uptime) },
+	}, a
 }
 
 // Deadline is a moment by both clocks. It has passed when either says so.

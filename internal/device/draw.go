@@ -57,7 +57,7 @@ func (p *panel) draw(e Event) {
 		fmt.Fprintf(&out, "  %s\x1b[K\n", l) // and clear what was there before
 	}
 	p.drawn = len(lines)
-	io.WriteString(p.w, out.String())
+	_, _ = io.WriteString(p.w, out.String()) // a terminal that is gone shows nothing
 }
 
 func (p *panel) picture(s State) []string {

@@ -74,7 +74,9 @@ func (b *bench) capture(topic string, body any) {
 			}
 		}
 	}
-	json.Unmarshal(wire, &m)
+	if err := json.Unmarshal(wire, &m); err != nil {
+		panic(err) // the device's own words
+	}
 	s := sentMessage{topic: topic, token: m.ClientToken, lock: m.State.Reported.Lock}
 	if r := m.State.Reported.OpenResult; r != nil {
 		s.result = fmt.Sprintf("%s %s %s", r.ID, r.Result, r.Reason)

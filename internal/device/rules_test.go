@@ -151,8 +151,13 @@ func TestNothingOpensLate(t *testing.T) {
 func checks(t *testing.T, n int) {
 	f := flag.Lookup("rapid.checks")
 	before := f.Value.String()
-	f.Value.Set(strconv.Itoa(n))
-	t.Cleanup(func() { f.Value.Set(before) })
+	set := func(to string) {
+		if err := f.Value.Set(to); err != nil {
+			t.Error(err)
+		}
+	}
+	set(strconv.Itoa(n))
+	t.Cleanup(func() { set(before) })
 }
 
 // A good clock must not be doubted, or each opening costs a round trip more.

@@ -565,7 +565,7 @@ func TestSendAfterTheDeadline(t *testing.T) {
 				must(t, w.SaveShadows(t.Context(), g.Row()))
 				step(w)
 				w.take()
-				if err := g.Send(); err != shadow.ErrTooLate {
+				if err := g.Send(); !errors.Is(err, shadow.ErrTooLate) {
 					t.Errorf("Send: %v", err)
 				}
 				if got := w.take(); len(got) > 0 {
@@ -581,12 +581,29 @@ func TestSendAfterTheDeadline(t *testing.T) {
 	}
 }
 
+// A newer command that was recorded and could not be sent does not pass for the
+// older one, which is still good.
+func TestUnsentCommandBesideALiveOne(t *testing.T) {
+	w := newWorld(t)
+	w.open("c1")
+	g, err := w.Stage(t.Context(), thing, w.command("c2", time.Second))
+	must(t, err)
+	must(t, w.SaveShadows(t.Context(), g.Row()))
+	w.step(time.Second, time.Second)
+	if err := g.Send(); !errors.Is(err, shadow.ErrTooLate) {
+		t.Fatalf("Send: %v", err)
+	}
+	if got := w.ask(shadow.OpGet, ``); got[0].shows("c1") || got[0].shows("c2") {
+		t.Errorf("get: %s", got[0].body)
+	}
+}
+
 // A device that is offline is told nothing, and a command that found it offline
 // is shown to nobody later.
 func TestOffline(t *testing.T) {
 	w := newWorld(t)
 	w.offline = true
-	if _, err := w.Stage(t.Context(), thing, w.command("c1", time.Minute)); err != shadow.ErrOffline {
+	if _, err := w.Stage(t.Context(), thing, w.command("c1", time.Minute)); !errors.Is(err, shadow.ErrOffline) {
 		t.Errorf("Stage: %v", err)
 	}
 	w.offline = false
@@ -594,7 +611,7 @@ func TestOffline(t *testing.T) {
 	must(t, err)
 	must(t, w.SaveShadows(t.Context(), g.Row()))
 	w.offline = true
-	if err := g.Send(); err != shadow.ErrOffline {
+	if err := g.Send(); !errors.Is(err, shadow.ErrOffline) {
 		t.Errorf("Send: %v", err)
 	}
 	if got := w.take(); len(got) > 0 {

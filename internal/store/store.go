@@ -94,7 +94,9 @@ func reserve(ctx context.Context, db *sql.DB, n int) error {
 			return err
 		}
 		defer c.Close() // back into the pool, once all are open
-		if _, err := c.ExecContext(ctx, `SELECT 1 FROM sqlite_schema`); err != nil { // SQLite opens its files at first use
+
+		// SQLite opens its files at first use.
+		if _, err := c.ExecContext(ctx, `SELECT 1 FROM sqlite_schema`); err != nil {
 			return err
 		}
 	}
