@@ -171,10 +171,6 @@ func TestKilledAtAnyMoment(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	ca, err := f.ca()
-	if err != nil {
-		t.Fatal(err)
-	}
 	p := serveBinary(t, data, "127.0.0.1:0", "127.0.0.1:0")
 	locks := []lock.ID{1, 2, 3}
 	doors := map[lock.ID]*door{}
@@ -183,7 +179,7 @@ func TestKilledAtAnyMoment(t *testing.T) {
 			t.Fatalf("CreateLock: %d", status)
 		}
 		folder := filepath.Join(dir, id.Thing())
-		if err := ca.Enroll(id.Thing(), folder); err != nil {
+		if err := f.enroll(t.Context(), id, folder); err != nil {
 			t.Fatal(err)
 		}
 		d := &door{t: t, config: deviceConfig(id, folder, p.mqtt), events: make(chan device.Event, 1<<20)}

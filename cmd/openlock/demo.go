@@ -105,12 +105,8 @@ func (d *demonstration) prepare(ctx context.Context) error {
 		return err
 	}
 	d.key, d.token = key, token
-	ca, err := d.ca()
-	if err != nil {
-		return err
-	}
 	identity := filepath.Join(d.dir, demoLock.Thing())
-	if err := ca.Enroll(demoLock.Thing(), identity); err != nil {
+	if err := d.enroll(ctx, demoLock, identity); err != nil {
 		return err
 	}
 	d.device = deviceConfig(demoLock, identity, d.mqtt.Addr().String())

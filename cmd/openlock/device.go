@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"path/filepath"
@@ -9,6 +10,7 @@ import (
 
 	"github.com/openlock/openlock/internal/device"
 	"github.com/openlock/openlock/internal/lock"
+	"github.com/openlock/openlock/internal/store"
 	"github.com/urfave/cli/v3"
 )
 
@@ -20,6 +22,10 @@ func deviceCommand() *cli.Command {
 			{
 				Name: "enroll", Usage: "write key, certificate and CA for a lock", ArgsUsage: "LOCK-ID",
 				Flags: []cli.Flag{dataFlag(), dir}, Action: inFolder(enrollDevice),
+			},
+			{
+				Name: "revoke", Usage: "end a lock's certificates, and its connection within 5 s", ArgsUsage: "LOCK-ID",
+				Flags: []cli.Flag{dataFlag()}, Action: inFolder(revokeDevice),
 			},
 			{
 				Name: "run", Usage: "run a simulated lock against a server", ArgsUsage: "LOCK-ID",
@@ -70,20 +76,31 @@ func deviceOf(cmd *cli.Command) (id lock.ID, dir string, err error) {
 	return id, dir, nil
 }
 
-func enrollDevice(_ context.Context, cmd *cli.Command, f *folder, out io.Writer) error {
+func enrollDevice(ctx context.Context, cmd *cli.Command, f *folder, out io.Writer) error {
 	id, dir, err := deviceOf(cmd)
 	if err != nil {
 		return err
 	}
-	ca, err := f.ca()
-	if err != nil {
-		return err
-	}
-	if err := ca.Enroll(id.Thing(), dir); err != nil {
+	if err := f.enroll(ctx, id, dir); err != nil {
 		return err
 	}
 	fmt.Fprintf(out, "%s is enrolled: device.key, device.crt and ca.crt are in %s\n", id.Thing(), dir)
 	return nil
+}
+
+func revokeDevice(ctx context.Context, cmd *cli.Command, f *folder, out io.Writer) error {
+	id, _, err := deviceOf(cmd)
+	if err != nil {
+		return err
+	}
+	err = f.db.RevokeCertificates(ctx, id.Thing(), f.clock.Wall())
+	if errors.Is(err, store.ErrNotFound) {
+		return fmt.Errorf("%s has no certificate that could be revoked", id.Thing())
+	}
+	if err == nil {
+		fmt.Fprintf(out, "%s must be enrolled anew to connect again\n", id.Thing())
+	}
+	return err
 }
 
 func runDevice(ctx context.Context, cmd *cli.Command) error {

@@ -241,6 +241,7 @@ var goodBodies = []struct {
 	{apiRoute{"POST", "/locks/{id}/RemoveKey"}, `{"keyUuid":"k"}`, http.StatusOK},
 	{apiRoute{"POST", "/locks/{id}/OpenLock"}, `{"reason":"r"}`, http.StatusBadGateway}, // no device
 	{apiRoute{"POST", "/admin/organizations"}, `{"id":"beta"}`, http.StatusCreated},
+	{apiRoute{"POST", "/admin/organizations/{org}/open-expiry"}, `{"openExpirySeconds":9}`, http.StatusOK},
 	{apiRoute{"POST", "/admin/organizations/{org}/keys"}, `{"name":"n"}`, http.StatusCreated},
 	{apiRoute{"POST", "/admin/organizations/{org}/clients"}, `{"name":"n"}`, http.StatusCreated},
 	{apiRoute{"POST", "/admin/organizations/{org}/keys/{credential}/rotate"}, `{"overlapSeconds":1}`, http.StatusCreated},
@@ -402,6 +403,11 @@ func TestFieldsOfTheWrongKindAreRefused(t *testing.T) {
 		{"/locks/2/OpenLock", `{"reason":"` + strings.Repeat("x", 1001) + `"}`, bad, "reason may have at most 1000 characters"},
 		{"/locks/2/OpenLock", `{"reason":"` + strings.Repeat("😀", 1001) + `"}`, bad, "reason"},
 		{"/locks/2/OpenLock", `{"reason":"` + strings.Repeat(`\ud83d\ude00`, 1001) + `"}`, bad, "reason"},
+		{"/locks/2/OpenLock", `{"expiresInSeconds":"5"}`, bad, "expiresInSeconds"},
+		{"/locks/2/OpenLock", `{"expiresInSeconds":2.5}`, bad, "expiresInSeconds"},
+		{"/locks/2/OpenLock", `{"expiresInSeconds":1}`, bad, "expiresInSeconds must be from 2 to 30"},
+		{"/locks/2/OpenLock", `{"expiresInSeconds":31}`, bad, "expiresInSeconds must be from 2 to 30"},
+		{"/locks/2/OpenLock", `{"expiresInSeconds":36028797018963973}`, bad, "expiresInSeconds"}, // 5 s, if it overflows
 
 		{"/locks/1/CreateLock", ``, bad, "index"},
 		{"/locks/1/CreateLock", `{}`, bad, "index"},
@@ -470,6 +476,9 @@ func TestFieldsOfTheWrongKindAreRefused(t *testing.T) {
 		{"/admin/organizations", `{"id":"operator"}`, bad, "reserved"},
 		{"/admin/organizations", `{"id":"acme"}`, conflict, "exists"},
 		{"/admin/organizations", `{"id":"b","name":1}`, bad, "name"},
+		{"/admin/organizations/acme/open-expiry", `{}`, bad, "openExpirySeconds"},
+		{"/admin/organizations/acme/open-expiry", `{"openExpirySeconds":-1}`, bad, "openExpirySeconds"},
+		{"/admin/organizations/acme/open-expiry", `{"openExpirySeconds":31}`, bad, "2"},
 		{"/admin/organizations/acme/keys", `{"scopes":"locks:open"}`, bad, "scopes"},
 		{"/admin/organizations/acme/keys", `{"scopes":["locks:everything"]}`, bad, "unknown scope"},
 		{"/admin/organizations/acme/keys", `{"scopes":[]}`, bad, "scopes must not be empty"},

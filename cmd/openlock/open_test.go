@@ -91,3 +91,39 @@ func TestARepeatIsTheSameCommand(t *testing.T) {
 		t.Errorf("the door moved %d times", n)
 	}
 }
+
+// An open lives as long as the request says, else as its organization has it,
+// else 10 s; always from the receipt of the request.
+func TestHowLongAnOpenLives(t *testing.T) {
+	r := newRig(t)
+	acme, operator := r.org("acme"), r.super()
+	r.createLock(7, acme)
+	r.device(7)
+	life := func(body any) time.Duration {
+		t.Helper()
+		a := r.want(r.send("POST", openPath(7), acme, body), http.StatusOK)
+		issued, err1 := time.Parse(time.RFC3339, a.get("command", "issuedAt").(string))
+		expires, err2 := time.Parse(time.RFC3339, a.get("command", "expiresAt").(string))
+		if err1 != nil || err2 != nil {
+			t.Fatalf("times in %s", a.raw)
+		}
+		return expires.Sub(issued)
+	}
+	if d := life(nil); d != 10*time.Second {
+		t.Errorf("by default %s", d)
+	}
+	r.want(r.send("POST", "/admin/organizations/acme/open-expiry", operator, map[string]any{"openExpirySeconds": 15}), http.StatusOK)
+	if d := life(nil); d != 15*time.Second {
+		t.Errorf("by its organization %s", d)
+	}
+	if d := life(map[string]any{"expiresInSeconds": 2}); d != 2*time.Second {
+		t.Errorf("by request %s", d)
+	}
+	for _, n := range []any{0, 1, 31, -5, 2.5, "5"} {
+		r.want(r.send("POST", openPath(7), acme, map[string]any{"expiresInSeconds": n}), http.StatusBadRequest)
+		if n != 0 {
+			r.want(r.send("POST", "/admin/organizations/acme/open-expiry", operator, map[string]any{"openExpirySeconds": n}), http.StatusBadRequest)
+		}
+	}
+	r.want(r.send("POST", "/admin/organizations/nobody/open-expiry", operator, map[string]any{"openExpirySeconds": 15}), http.StatusNotFound)
+}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -10,6 +11,7 @@ import (
 	"time"
 
 	"github.com/openlock/openlock/internal/auth"
+	"github.com/openlock/openlock/internal/control"
 	"github.com/openlock/openlock/internal/store"
 	"github.com/urfave/cli/v3"
 )
@@ -57,6 +59,11 @@ func organizationCommand() *cli.Command {
 				Action: inFolder(createOrganization),
 			},
 			{Name: "list", Usage: "list them", Flags: []cli.Flag{dataFlag()}, Action: inFolder(listOrganizations)},
+			{
+				Name: "open-expiry", Usage: "set how long an open of its locks lives", ArgsUsage: "ID",
+				Flags:  []cli.Flag{dataFlag(), &cli.DurationFlag{Name: "after", Usage: "2s to 30s; 0 is the server's default, 10s", Required: true}},
+				Action: inFolder(setOpenExpiry),
+			},
 		},
 	}
 }
@@ -73,14 +80,22 @@ func createOrganization(ctx context.Context, cmd *cli.Command, f *folder, out io
 	return err
 }
 
+func setOpenExpiry(ctx context.Context, cmd *cli.Command, f *folder, out io.Writer) error {
+	id, err := argument(cmd, "organization id")
+	if err != nil {
+		return err
+	}
+	return f.registry.SetOpenExpiry(ctx, id, cmd.Duration("after"))
+}
+
 func listOrganizations(ctx context.Context, _ *cli.Command, f *folder, out io.Writer) error {
 	all, err := f.registry.Organizations(ctx)
 	if err != nil {
 		return err
 	}
-	return table(out, "ID\tNAME\tCREATED", func(line func(...any)) {
+	return table(out, "ID\tNAME\tOPEN EXPIRY\tCREATED", func(line func(...any)) {
 		for _, o := range all {
-			line(o.ID, o.Name, day(o.CreatedAt))
+			line(o.ID, o.Name, cmp.Or(o.OpenExpiry, control.DefaultSettings.Expiry), day(o.CreatedAt))
 		}
 	})
 }

@@ -254,11 +254,7 @@ func (r *rig) device(id lock.ID, change ...func(*device.Config)) *door {
 func (r *rig) deviceAway(id lock.ID, change ...func(*device.Config)) *door {
 	r.t.Helper()
 	dir := filepath.Join(filepath.Dir(r.path), "devices", id.Thing())
-	ca, err := r.ca()
-	if err != nil {
-		r.t.Fatal(err)
-	}
-	if err := ca.Enroll(id.Thing(), dir); err != nil && !strings.Contains(err.Error(), "already holds") {
+	if err := r.enroll(r.t.Context(), id, dir); err != nil && !strings.Contains(err.Error(), "already holds") {
 		r.t.Fatal(err)
 	}
 	d := &door{t: r.t, config: deviceConfig(id, dir, r.mqtt.Addr().String()), events: make(chan device.Event, 1024)}

@@ -23,6 +23,7 @@ import (
 	"github.com/openlock/openlock/internal/broker"
 	"github.com/openlock/openlock/internal/clock"
 	"github.com/openlock/openlock/internal/control"
+	"github.com/openlock/openlock/internal/lock"
 	"github.com/openlock/openlock/internal/shadow"
 	"github.com/openlock/openlock/internal/store"
 )
@@ -124,6 +125,19 @@ func unwrapPath(err error) error {
 
 func (f *folder) ca() (*broker.CA, error) { return broker.OpenCA(filepath.Join(f.path, "pki")) }
 
+// enroll gives a lock's device an identity, in a folder.
+func (f *folder) enroll(ctx context.Context, id lock.ID, dir string) error {
+	ca, err := f.ca()
+	if err != nil {
+		return err
+	}
+	serial, err := ca.Enroll(id.Thing(), dir)
+	if err != nil {
+		return err
+	}
+	return f.db.AddCertificate(ctx, id.Thing(), serial, f.clock.Wall())
+}
+
 // issuerSetting is where the built-in issuer's URL is remembered, so that
 // tokens stay valid when the server moves to another port.
 const issuerSetting = "issuer"
@@ -177,7 +191,7 @@ func start(ctx context.Context, cfg config) (s *server, err error) {
 	if err != nil {
 		return s, err
 	}
-	s.broker = broker.New(cert, ca, s.clock, cfg.log)
+	s.broker = broker.New(cert, ca, s.db.RevokedCertificates, s.clock, cfg.log)
 	s.control = control.New(s.db, s.clock, cfg.log, cfg.settings, func() string { return uuid.Must(uuid.NewV7()).String() })
 	shadows := shadow.NewService(s.db, s.broker, s.clock, cfg.log, s.control.Report)
 	s.control.Use(shadows)

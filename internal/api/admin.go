@@ -11,13 +11,14 @@ import (
 )
 
 type organizationBody struct {
-	ID        string `json:"id"`
-	Name      string `json:"name"`
-	CreatedAt string `json:"createdAt"`
+	ID         string `json:"id"`
+	Name       string `json:"name"`
+	OpenExpiry int64  `json:"openExpirySeconds,omitempty"` // absent: the server's default
+	CreatedAt  string `json:"createdAt"`
 }
 
 func showOrganization(o store.Organization) organizationBody {
-	return organizationBody{o.ID, o.Name, wireTime(o.CreatedAt)}
+	return organizationBody{o.ID, o.Name, int64(o.OpenExpiry / time.Second), wireTime(o.CreatedAt)}
 }
 
 func (s *Server) createOrganization(c *call) error {
@@ -37,6 +38,20 @@ func (s *Server) createOrganization(c *call) error {
 	}
 	c.json(http.StatusCreated, showOrganization(o))
 	return nil
+}
+
+// setOpenExpiry changes how long an open of the organization's locks lives.
+func (s *Server) setOpenExpiry(c *call) error {
+	var in struct {
+		Expiry opt[int64] `json:"openExpirySeconds"`
+	}
+	if err := c.decode(&in); err != nil {
+		return err
+	}
+	if !in.Expiry.Set || in.Expiry.V < 0 || in.Expiry.V > secondsMost {
+		return fail(http.StatusBadRequest, "openExpirySeconds is required; 0 is the server's default")
+	}
+	return s.done(c, s.registry.SetOpenExpiry(c.r.Context(), c.r.PathValue("org"), time.Duration(in.Expiry.V)*time.Second))
 }
 
 func (s *Server) listOrganizations(c *call) error {

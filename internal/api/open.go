@@ -8,6 +8,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/openlock/openlock/internal/auth"
 	"github.com/openlock/openlock/internal/control"
 	"github.com/openlock/openlock/internal/event"
 	"github.com/openlock/openlock/internal/lock"
@@ -49,6 +50,7 @@ func (s *Server) openLock(c *call) error {
 	var in struct {
 		RequestID opt[string] `json:"requestId"`
 		Reason    opt[string] `json:"reason"`
+		Expiry    opt[int64]  `json:"expiresInSeconds"` // beyond the contract
 	}
 	if err := c.decode(&in); err != nil {
 		return err
@@ -56,11 +58,16 @@ func (s *Server) openLock(c *call) error {
 	if err := first(text("requestId", in.RequestID, 0, requestIDMost), characters("reason", in.Reason, reasonMost)); err != nil {
 		return err
 	}
+	const least, most = int64(auth.OpenExpiryLeast / time.Second), int64(auth.OpenExpiryMost / time.Second)
+	if in.Expiry.Set && (in.Expiry.V < least || in.Expiry.V > most) {
+		return fail(http.StatusBadRequest, "expiresInSeconds must be from %d to %d", least, most)
+	}
+	expiry := time.Duration(in.Expiry.V) * time.Second
 	r, err := c.request()
 	if err != nil {
 		return err
 	}
-	a, err := s.control.Open(c.r.Context(), r, control.OpenRequest{RequestID: in.RequestID.V, Reason: in.Reason.V})
+	a, err := s.control.Open(c.r.Context(), r, control.OpenRequest{RequestID: in.RequestID.V, Reason: in.Reason.V, Expiry: expiry})
 	if err != nil {
 		return notOpened(a, err)
 	}

@@ -40,6 +40,7 @@ func (s *Server) routes() []route {
 
 		{"POST", "/admin/organizations", operator, (*Server).createOrganization},
 		{"GET", "/admin/organizations", operator, (*Server).listOrganizations},
+		{"POST", "/admin/organizations/{org}/open-expiry", operator, (*Server).setOpenExpiry},
 		{"POST", "/admin/organizations/{org}/keys", operator, (*Server).createKey},
 		{"GET", "/admin/organizations/{org}/keys", operator, (*Server).listKeys},
 		{"POST", "/admin/organizations/{org}/keys/{credential}/rotate", operator, (*Server).rotateKey},

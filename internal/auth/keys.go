@@ -41,6 +41,33 @@ func NewRegistry(db *store.DB, c clock.Clock) *Registry { return &Registry{db: d
 
 var orgID = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,62}$`)
 
+// Bounds of how long an open lives, from the receipt of the request.
+const (
+	OpenExpiryLeast = 2 * time.Second
+	OpenExpiryMost  = 30 * time.Second
+)
+
+// checkOpenExpiry takes 0, the server's default, and what lies within bounds.
+func checkOpenExpiry(d time.Duration) error {
+	if d != 0 && (d < OpenExpiryLeast || d > OpenExpiryMost) {
+		return fmt.Errorf("%w: an open lives from %s to %s", ErrInput, OpenExpiryLeast, OpenExpiryMost)
+	}
+	return nil
+}
+
+// SetOpenExpiry changes how long an open of an organization's locks lives; 0
+// is the server's default. Refuses with ErrInput and store.ErrNoOrganization.
+func (r *Registry) SetOpenExpiry(ctx context.Context, org string, d time.Duration) error {
+	if err := checkOpenExpiry(d); err != nil {
+		return err
+	}
+	err := r.db.SetOpenExpiry(ctx, org, d)
+	if errors.Is(err, store.ErrNotFound) {
+		err = store.ErrNoOrganization
+	}
+	return err
+}
+
 // CreateOrganization refuses with ErrInput and store.ErrExists.
 func (r *Registry) CreateOrganization(ctx context.Context, id, name string) (store.Organization, error) {
 	if !orgID.MatchString(id) || id == OperatorOrg {

@@ -140,6 +140,8 @@ func TestSubscribeOnlyBelowOwnName(t *testing.T) {
 		"$aws/things/victim/shadow/update/delta", "$aws/things/T2/shadow/#", "$aws/things/T/#", "$aws/things/T/shadow",
 		"$share/g/#", "$share/g/$aws/things/T/shadow/#", "$SHARE/g/$aws/things/victim/shadow/#",
 		"$SYS/#", "$aws/events/presence/connected/T",
+		"$aws/things/T/shadow/update",                                                              // a request's: nothing comes there
+		"$aws/things/T/shadow/#/delta", "$aws/things/T/shadow/update+", "$aws/things/T/shadow/up#", // [MQTT-4.7.1-1]
 		"$aws/things/T/shadow/1/2/3/4/5", // more levels than any topic has
 	}
 	allowed := []string{"#", "+/delta", "get/+", "update/delta", "name/n/update/accepted", "name/+/update/+"}
@@ -203,6 +205,9 @@ func TestLastWillIsADevicesOwnUpdate(t *testing.T) {
 	}
 	ends := map[string]func(*device){
 		"lost": func(d *device) { _ = d.conn.NetConn().Close() },
+		"DISCONNECT with it": func(d *device) {
+			d.send(packets.Packet{FixedHeader: packets.FixedHeader{Type: packets.Disconnect}, ReasonCode: packets.CodeDisconnectWillMessage.Code})
+		},
 		"a second CONNECT": func(d *device) {
 			d.send(connectPacket("T"))
 			_ = d.wantEnd()
@@ -231,7 +236,8 @@ func TestLastWillIsADevicesOwnUpdate(t *testing.T) {
 	})
 }
 
-// Nothing is retained, neither of a device's nor of the server's.
+// Nothing is retained, neither of a device's nor of the server's, and no Last
+// Will that asks for it is taken, nor one with QoS 2.
 func TestNothingIsRetained(t *testing.T) {
 	b := newBench(t, system)
 	d := b.connect("T").listen()
@@ -247,6 +253,10 @@ func TestNothingIsRetained(t *testing.T) {
 	will := b.dial(b.ca.enrolled(t, "T")).hello("T", withWill(d.topic("update"), "will"), func(pk *packets.Packet) { pk.Connect.WillRetain = true })
 	if will.ReasonCode != packets.ErrRetainNotSupported.Code { // [MQTT-3.2.2-13]
 		t.Errorf("CONNACK %#x for a retained Last Will", will.ReasonCode)
+	}
+	will = b.dial(b.ca.enrolled(t, "T")).hello("T", withWill(d.topic("update"), "will"), func(pk *packets.Packet) { pk.Connect.WillQos = 2 })
+	if will.ReasonCode != packets.ErrQosNotSupported.Code { // [MQTT-3.2.2-12]
+		t.Errorf("CONNACK %#x for a Last Will with QoS 2", will.ReasonCode)
 	}
 	later := b.connect("T").listen()
 	b.Publish(later.topic("get/accepted"), []byte("marker"))

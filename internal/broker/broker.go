@@ -12,6 +12,7 @@ package broker
 import (
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"log/slog"
 	"net"
@@ -20,6 +21,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/mochi-mqtt/server/v2/packets"
 	"github.com/openlock/openlock/internal/clock"
 	"github.com/openlock/openlock/internal/shadow"
 )
@@ -42,6 +44,8 @@ type Broker struct {
 	log    *slog.Logger
 	handle Handler
 
+	revoked func(context.Context) (map[string]bool, error)
+
 	closing context.Context
 	close   context.CancelFunc
 	work    sync.WaitGroup
@@ -51,8 +55,9 @@ type Broker struct {
 	sessions map[string]*session // by thing
 }
 
-// New makes a broker that nobody can reach before Serve.
-func New(cert tls.Certificate, ca *CA, c clock.Clock, log *slog.Logger) *Broker {
+// New makes a broker that nobody can reach before Serve. revoked lists the
+// serial numbers, in hexadecimal, of certificates that are no longer good.
+func New(cert tls.Certificate, ca *CA, revoked func(context.Context) (map[string]bool, error), c clock.Clock, log *slog.Logger) *Broker {
 	b := &Broker{
 		tls: &tls.Config{
 			Certificates: []tls.Certificate{cert},
@@ -61,7 +66,7 @@ func New(cert tls.Certificate, ca *CA, c clock.Clock, log *slog.Logger) *Broker 
 			MinVersion:   tls.VersionTLS12,
 			NextProtos:   []string{"x-amzn-mqtt-ca", "mqtt"},
 		},
-		clock: c, log: log, sessions: map[string]*session{},
+		revoked: revoked, clock: c, log: log, sessions: map[string]*session{},
 	}
 	b.closing, b.close = context.WithCancel(context.Background())
 	return b
@@ -71,7 +76,56 @@ func New(cert tls.Certificate, ca *CA, c clock.Clock, log *slog.Logger) *Broker 
 func (b *Broker) Serve(l *net.TCPListener, h Handler) {
 	b.handle, b.listener = h, l
 	b.work.Go(func() { b.accept(l) })
+	b.work.Go(b.inspect)
 }
+
+// inspectEvery is how soon a session whose certificate is revoked or has ended
+// is cut; it is less than the 5 s that are promised.
+const inspectEvery = 2 * time.Second
+
+// inspect cuts sessions whose certificates are no longer good.
+func (b *Broker) inspect() {
+	tick := time.NewTicker(inspectEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+		case <-b.closing.Done():
+			return
+		}
+		revoked, err := b.revoked(b.closing)
+		if err != nil && b.closing.Err() == nil {
+			b.log.Error("revoked certificates could not be read; tried again", "error", err)
+		}
+		for _, s := range b.all() {
+			if c := s.certificate(); revoked[Serial(c)] || b.clock.Wall().After(c.NotAfter) {
+				s.stop(packets.ErrNotAuthorized)
+			}
+		}
+	}
+}
+
+func (b *Broker) all() (all []*session) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for _, s := range b.sessions {
+		all = append(all, s)
+	}
+	return all
+}
+
+// refuses says whether a certificate is revoked. When that cannot be found out,
+// nobody is let in.
+func (b *Broker) refuses(c *x509.Certificate) bool {
+	revoked, err := b.revoked(b.closing)
+	if err != nil {
+		b.log.Error("a device is refused because revoked certificates could not be read", "error", err)
+	}
+	return err != nil || revoked[Serial(c)]
+}
+
+// Serial is a certificate's serial number as it is written down, hexadecimal.
+func Serial(c *x509.Certificate) string { return c.SerialNumber.Text(16) }
 
 func (b *Broker) accept(l *net.TCPListener) {
 	for {
@@ -137,7 +191,7 @@ func (b *Broker) admit(s *session) {
 			return
 		}
 		b.mu.Unlock()
-		older.takeOver()
+		older.stop(packets.ErrSessionTakenOver)
 		<-older.ended
 	}
 }

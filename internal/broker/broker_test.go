@@ -14,6 +14,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net"
 	"os"
 	"path/filepath"
@@ -38,6 +39,8 @@ type bench struct {
 	requests chan request // as the handler gets them
 	handle   func(request)
 	log      *logBuffer
+
+	revokedSerials map[string]bool // guarded by the broker's mutex
 }
 
 type request struct {
@@ -46,11 +49,11 @@ type request struct {
 
 func newBench(t *testing.T, c clock.Clock) *bench {
 	t.Helper()
-	b := &bench{t: t, ca: newCA(t), requests: make(chan request, 10_000), log: &logBuffer{}}
+	b := &bench{t: t, ca: newCA(t), requests: make(chan request, 10_000), log: &logBuffer{}, revokedSerials: map[string]bool{}}
 	b.handle = func(r request) { b.requests <- r }
 	cert, err := b.ca.Server()
 	check(t, err)
-	b.Broker = New(cert, b.ca, c, slog.New(slog.NewTextHandler(b.log, nil)))
+	b.Broker = New(cert, b.ca, b.revokedNow, c, slog.New(slog.NewTextHandler(b.log, nil)))
 	tcp, err := net.ListenTCP("tcp", &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)})
 	check(t, err)
 	b.addr = tcp.Addr().String()
@@ -72,7 +75,8 @@ func newCA(t *testing.T) *CA {
 func (ca *CA) enrolled(t *testing.T, thing string) tls.Certificate {
 	t.Helper()
 	dir := filepath.Join(t.TempDir(), "device")
-	check(t, ca.Enroll(thing, dir))
+	_, err := ca.Enroll(thing, dir)
+	check(t, err)
 	pair, err := tls.LoadX509KeyPair(filepath.Join(dir, "device.crt"), filepath.Join(dir, "device.key"))
 	check(t, err)
 	return pair
@@ -91,6 +95,19 @@ func (ca *CA) issued(t *testing.T, change func(*x509.Certificate)) tls.Certifica
 	cert, err := ca.sign(c, &key.PublicKey)
 	check(t, err)
 	return tls.Certificate{Certificate: [][]byte{cert.Raw}, PrivateKey: key}
+}
+
+// revoke makes a certificate invalid.
+func (b *bench) revoke(c tls.Certificate) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.revokedSerials[Serial(c.Leaf)] = true
+}
+
+func (b *bench) revokedNow(context.Context) (map[string]bool, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return maps.Clone(b.revokedSerials), nil
 }
 
 // nextRequest is what the handler got.

@@ -173,19 +173,20 @@ func (ca *CA) serves(cert *x509.Certificate, names []string) bool {
 }
 
 // Enroll makes a key and a certificate for a thing and writes device.key,
-// device.crt and ca.crt into a folder, which must hold none of them yet.
-func (ca *CA) Enroll(thing, folder string) error {
+// device.crt and ca.crt into a folder, which must hold none of them yet. It
+// answers with the certificate's serial number.
+func (ca *CA) Enroll(thing, folder string) (serial string, err error) {
 	if err := os.MkdirAll(folder, 0o700); err != nil {
-		return err
+		return "", err
 	}
 	for _, name := range []string{"device.key", "device.crt", "ca.crt"} {
 		if _, err := os.Stat(filepath.Join(folder, name)); err == nil {
-			return fmt.Errorf("%s already holds %s: choose another folder, or move the old identity away", folder, name)
+			return "", fmt.Errorf("%s already holds %s: choose another folder, or move the old identity away", folder, name)
 		}
 	}
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
-		return err
+		return "", err
 	}
 	cert, err := ca.sign(&x509.Certificate{
 		Subject:     pkix.Name{CommonName: thing},
@@ -194,13 +195,13 @@ func (ca *CA) Enroll(thing, folder string) error {
 		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
 	}, &key.PublicKey)
 	if err != nil {
-		return err
+		return "", err
 	}
 	device := &CA{folder: folder}
 	if err := device.write("device", cert, key); err != nil {
-		return err
+		return "", err
 	}
-	return writeFile(device.path("ca.crt"), pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: ca.cert.Raw}), 0o644)
+	return Serial(cert), writeFile(device.path("ca.crt"), pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: ca.cert.Raw}), 0o644)
 }
 
 // Pool is what devices' certificates are verified against.

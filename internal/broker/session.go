@@ -2,13 +2,16 @@ package broker
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"io"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/mochi-mqtt/server/v2/packets"
@@ -36,8 +39,7 @@ type session struct {
 	version   byte // of MQTT: 4 is 3.1.1, 5 is 5
 	keepalive time.Duration
 	will      *will
-	taken     chan struct{} // closed when a newer session wants the name
-	takeOver  func()
+	stopped   atomic.Pointer[packets.Code] // why the server ends it
 
 	mu   sync.Mutex
 	subs map[string]packets.Subscription
@@ -50,16 +52,20 @@ type will struct {
 }
 
 func newSession(b *Broker, thing string, w *wire, c *tls.Conn) *session {
-	s := &session{
+	return &session{
 		broker: b, thing: thing, tls: c, in: bufio.NewReaderSize(c, readBuffer), out: newOutbox(w, c),
-		ended: make(chan struct{}), taken: make(chan struct{}), subs: map[string]packets.Subscription{},
+		ended: make(chan struct{}), subs: map[string]packets.Subscription{},
 	}
-	s.takeOver = sync.OnceFunc(func() {
-		close(s.taken)
-		_ = w.SetReadDeadline(time.Now())
-	})
-	return s
 }
+
+// stop lets the session end itself soon, for a reason.
+func (s *session) stop(why packets.Code) {
+	s.stopped.CompareAndSwap(nil, &why)
+	_ = s.out.wire.SetReadDeadline(time.Now())
+}
+
+// certificate is what the device has shown.
+func (s *session) certificate() *x509.Certificate { return s.tls.ConnectionState().PeerCertificates[0] }
 
 // run speaks MQTT until the session ends.
 func (s *session) run() {
@@ -86,26 +92,10 @@ var errGoodbye = errors.New("the device said goodbye")
 // farewell is what MQTT 5 lets a server say before it closes [MQTT-4.13.1-1].
 func (s *session) farewell(err error) *packets.Packet {
 	var code packets.Code
-	switch {
-	case s.version < 5:
-		return nil
-	case s.broker.closing.Err() != nil:
-		code = packets.ErrServerShuttingDown
-	case s.isTaken():
-		code = packets.ErrSessionTakenOver
-	case !errors.As(err, &code):
+	if s.version < 5 || !errors.As(err, &code) {
 		return nil
 	}
 	return &packets.Packet{FixedHeader: packets.FixedHeader{Type: packets.Disconnect}, ProtocolVersion: s.version, ReasonCode: code.Code}
-}
-
-func (s *session) isTaken() bool {
-	select {
-	case <-s.taken:
-		return true
-	default:
-		return false
-	}
 }
 
 // connect takes CONNECT as the first packet [MQTT-3.1.0-1] and answers it.
@@ -142,6 +132,8 @@ func (s *session) check(pk packets.Packet) packets.Code {
 	switch {
 	case pk.ProtocolVersion != 4 && pk.ProtocolVersion != 5:
 		return packets.ErrUnsupportedProtocolVersion
+	case s.broker.refuses(s.certificate()):
+		return packets.ErrNotAuthorized
 	case !shadow.ValidThing(s.thing) || pk.Connect.ClientIdentifier != s.thing:
 		return packets.ErrClientIdentifierNotValid // it must be the name in the certificate
 	case pk.Connect.WillFlag && pk.Connect.WillQos > 1:
@@ -199,19 +191,27 @@ func (s *session) read() error {
 			err = s.take(pk)
 		}
 		if err != nil {
-			return err
+			return cmp.Or(s.ending(), err)
 		}
 	}
 }
 
-// errEnded ends a session that the server wants to end.
-var errEnded = errors.New("ended by the server")
+// ending is why the server ends the session, nil while it does not.
+func (s *session) ending() error {
+	if why := s.stopped.Load(); why != nil {
+		return *why
+	}
+	if s.broker.closing.Err() != nil {
+		return packets.ErrServerShuttingDown
+	}
+	return nil
+}
 
 // packet reads one packet, the whole of which must come within a time.
 func (s *session) packet(within time.Duration) (pk packets.Packet, err error) {
 	_ = s.tls.SetReadDeadline(time.Now().Add(within))
-	if s.isTaken() || s.broker.closing.Err() != nil {
-		return pk, errEnded // the deadline above may have undone theirs
+	if err := s.ending(); err != nil {
+		return pk, err // the deadline above may have undone stop's
 	}
 	head, err := s.in.ReadByte()
 	if err != nil {

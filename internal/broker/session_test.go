@@ -465,3 +465,35 @@ func TestSubscriptionsAreBounded(t *testing.T) {
 		t.Errorf("SUBACK %#x for a filter again", code)
 	}
 }
+
+// Invariant 8: a revoked certificate is dead within 5 s, on open sessions too.
+// What was under way to the device does not arrive later.
+func TestRevokedCertificate(t *testing.T) {
+	b := newBench(t, system)
+	cert, other := b.ca.enrolled(t, "T"), b.connect("other").listen()
+	d := b.dial(cert).connect("T").listen()
+	start := time.Now()
+	b.revoke(cert)
+	if code := d.want(packets.Disconnect).ReasonCode; code != packets.ErrNotAuthorized.Code {
+		t.Errorf("DISCONNECT %#x", code)
+	}
+	_ = d.wantEnd()
+	if took := time.Since(start); took > 5*time.Second {
+		t.Errorf("it took %s", took)
+	}
+	if ack := b.dial(cert).hello("T"); ack.ReasonCode != packets.ErrNotAuthorized.Code {
+		t.Errorf("CONNACK %#x", ack.ReasonCode)
+	}
+	b.dial(b.ca.enrolled(t, "T")).connect("T") // a new one is good
+	other.ping()
+}
+
+// A certificate that ends while its device is connected ends the session too.
+func TestCertificateThatEnds(t *testing.T) {
+	s := newSettableClock()
+	b := newBench(t, s.clock())
+	d := b.connect("T").listen()
+	d.ping()
+	s.step(2*deviceLife, 0)
+	_ = d.wantEnd()
+}

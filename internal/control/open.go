@@ -1,6 +1,7 @@
 package control
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -21,6 +22,7 @@ import (
 type OpenRequest struct {
 	RequestID string // the caller's tracking id, "" for none
 	Reason    string
+	Expiry    time.Duration // that it lives from the receipt of the request; 0: as its organization has it
 }
 
 // Command is a command as it may be shown.
@@ -84,7 +86,11 @@ func (c *Control) open(ctx context.Context, r Request, o OpenRequest) (Answer, e
 
 // newCommand decides, records and sends one new command.
 func (c *Control) newCommand(ctx context.Context, r Request, o OpenRequest, state lock.State, right access.Right, keys []store.Repeat) (Answer, error) {
-	until := r.Received.Add(c.settings.Expiry)
+	expiry, err := c.expiryOf(ctx, o, state)
+	if err != nil {
+		return Answer{}, err
+	}
+	until := r.Received.Add(expiry)
 	open := lock.Open{
 		ID: lock.CommandID(c.newID()), Right: string(right),
 		IssuedAt: r.Received.Wall.UnixMilli(), ExpiresAt: until.Wall.UnixMilli(),
@@ -121,6 +127,19 @@ func (c *Control) newCommand(ctx context.Context, r Request, o OpenRequest, stat
 	}
 	answer.Command = fl.view()
 	return answer, nil
+}
+
+// expiryOf is how long an open lives: by the request, else by the lock's
+// organization, else by the server.
+func (c *Control) expiryOf(ctx context.Context, o OpenRequest, state lock.State) (time.Duration, error) {
+	if o.Expiry > 0 || state.OrgID == "" {
+		return cmp.Or(o.Expiry, c.settings.Expiry), nil
+	}
+	org, err := c.db.Organization(ctx, state.OrgID)
+	if err != nil {
+		return 0, fmt.Errorf("organization of lock %s: %w", state.ID, err)
+	}
+	return cmp.Or(org.OpenExpiry, c.settings.Expiry), nil
 }
 
 // unsent says why a command cannot be sent, "" if it can or for other errors.

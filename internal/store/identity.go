@@ -16,9 +16,10 @@ var (
 
 // Organization is a tenant.
 type Organization struct {
-	ID        string
-	Name      string
-	CreatedAt time.Time
+	ID         string
+	Name       string
+	OpenExpiry time.Duration // that an open of its locks lives; 0: the server's default
+	CreatedAt  time.Time
 }
 
 // CredentialKind tells API keys from OAuth clients.
@@ -59,29 +60,51 @@ func (db *DB) CreateOrganization(ctx context.Context, o Organization) error {
 		} else if !errors.Is(err, ErrNotFound) {
 			return err
 		}
-		return tx.exec(`INSERT INTO organizations (id, name, created_at) VALUES (?, ?, ?)`, o.ID, o.Name, millis(o.CreatedAt))
+		return tx.exec(`INSERT INTO organizations (id, name, open_expiry, created_at) VALUES (?, ?, ?, ?)`,
+			o.ID, o.Name, o.OpenExpiry.Milliseconds(), millis(o.CreatedAt))
 	})
 }
 
+// SetOpenExpiry changes how long an open of an organization's locks lives.
+// Refuses with ErrNotFound.
+func (db *DB) SetOpenExpiry(ctx context.Context, org string, expiry time.Duration) error {
+	return db.writer.do(ctx, true, func(tx *tx) error {
+		var one int
+		if err := tx.row(`SELECT 1 FROM organizations WHERE id = ?`, []any{org}, &one); err != nil {
+			return err
+		}
+		return tx.exec(`UPDATE organizations SET open_expiry = ? WHERE id = ?`, expiry.Milliseconds(), org)
+	})
+}
+
+const organizationColumns = `id, name, open_expiry, created_at`
+
 // Organization refuses with ErrNotFound.
 func (db *DB) Organization(ctx context.Context, id string) (Organization, error) {
-	o := Organization{ID: id}
-	var created int64
-	err := db.row(ctx, `SELECT name, created_at FROM organizations WHERE id = ?`, []any{id}, &o.Name, &created)
-	o.CreatedAt = fromMillis(created)
-	return o, err
+	all, err := db.organizations(ctx, `SELECT `+organizationColumns+` FROM organizations WHERE id = ?`, id)
+	if err == nil && len(all) == 0 {
+		err = ErrNotFound
+	}
+	if err != nil {
+		return Organization{}, err
+	}
+	return all[0], nil
 }
 
 // Organizations lists all of them by id.
 func (db *DB) Organizations(ctx context.Context) ([]Organization, error) {
-	rows, err := db.query(ctx, `SELECT id, name, created_at FROM organizations ORDER BY id`)
+	return db.organizations(ctx, `SELECT `+organizationColumns+` FROM organizations ORDER BY id`)
+}
+
+func (db *DB) organizations(ctx context.Context, q string, args ...any) ([]Organization, error) {
+	rows, err := db.query(ctx, q, args...)
 	if err != nil {
 		return nil, err
 	}
 	return scan(rows, func(o *Organization) error {
-		var created int64
-		err := rows.Scan(&o.ID, &o.Name, &created)
-		o.CreatedAt = fromMillis(created)
+		var expiry, created int64
+		err := rows.Scan(&o.ID, &o.Name, &expiry, &created)
+		o.OpenExpiry, o.CreatedAt = time.Duration(expiry)*time.Millisecond, fromMillis(created)
 		return err
 	})
 }
@@ -219,6 +242,40 @@ func (db *DB) Revoked(ctx context.Context, user, jti string) (bool, error) {
 	var bad bool
 	err := db.row(ctx, revokedQuery, []any{user, jti}, &bad)
 	return bad, err
+}
+
+// AddCertificate notes the certificate that a device was enrolled with.
+func (db *DB) AddCertificate(ctx context.Context, thing, serial string, now time.Time) error {
+	return db.writer.do(ctx, true, func(tx *tx) error {
+		return tx.exec(`INSERT INTO certificates (serial, thing, enrolled_at) VALUES (?, ?, ?)`, serial, thing, millis(now))
+	})
+}
+
+// RevokeCertificates makes every certificate that a thing has now invalid.
+// Refuses with ErrNotFound when it has none.
+func (db *DB) RevokeCertificates(ctx context.Context, thing string, now time.Time) error {
+	return db.writer.do(ctx, true, func(tx *tx) error {
+		var one int
+		if err := tx.row(`SELECT 1 FROM certificates WHERE thing = ? AND revoked_at IS NULL LIMIT 1`, []any{thing}, &one); err != nil {
+			return err
+		}
+		return tx.exec(`UPDATE certificates SET revoked_at = ? WHERE thing = ? AND revoked_at IS NULL`, millis(now), thing)
+	})
+}
+
+// RevokedCertificates are the serial numbers of all revoked certificates.
+func (db *DB) RevokedCertificates(ctx context.Context) (map[string]bool, error) {
+	rows, err := db.query(ctx, `SELECT serial FROM certificates WHERE revoked_at IS NOT NULL`)
+	if err != nil {
+		return nil, err
+	}
+	all := map[string]bool{}
+	_, err = scan(rows, func(serial *string) error {
+		err := rows.Scan(serial)
+		all[*serial] = true
+		return err
+	})
+	return all, err
 }
 
 func nullable(t time.Time) any {

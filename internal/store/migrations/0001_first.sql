@@ -59,9 +59,10 @@ CREATE TABLE shadows (
 ) STRICT, WITHOUT ROWID;
 
 CREATE TABLE organizations (
-  id         TEXT PRIMARY KEY,
-  name       TEXT NOT NULL,
-  created_at INTEGER NOT NULL
+  id          TEXT PRIMARY KEY,
+  name        TEXT NOT NULL,
+  open_expiry INTEGER NOT NULL, -- milliseconds that an open lives; 0: the server's default
+  created_at  INTEGER NOT NULL
 ) STRICT;
 
 -- API keys (kind 'key') and OAuth clients of B2B services (kind 'client').
@@ -89,6 +90,16 @@ CREATE TABLE revoked_tokens (
   jti        TEXT PRIMARY KEY,
   revoked_at INTEGER NOT NULL
 ) STRICT, WITHOUT ROWID;
+
+-- Certificates that devices were enrolled with.
+CREATE TABLE certificates (
+  serial      TEXT PRIMARY KEY, -- hexadecimal
+  thing       TEXT NOT NULL,
+  enrolled_at INTEGER NOT NULL,
+  revoked_at  INTEGER
+) STRICT, WITHOUT ROWID;
+CREATE INDEX certificates_of_thing ON certificates (thing);
+CREATE INDEX certificates_revoked ON certificates (serial) WHERE revoked_at IS NOT NULL;
 
 CREATE TABLE settings (
   name  TEXT PRIMARY KEY,

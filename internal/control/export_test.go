@@ -1,0 +1,33 @@
+package control
+
+import (
+	"cmp"
+	"context"
+	"slices"
+)
+
+// Sweep ends everything whose time is over, oldest first, before it returns.
+// What finish does in goroutines of its own in sweep happens on the caller's
+// here, so that a simulation can replay it, and die in the middle of it.
+func (c *Control) Sweep(ctx context.Context) error {
+	due := c.due()
+	slices.SortFunc(due, func(a, b *flight) int { return cmp.Compare(a.id, b.id) })
+	for _, f := range due {
+		if err := c.finishLocked(ctx, f); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (c *Control) finishLocked(ctx context.Context, f *flight) error {
+	defer c.locks.Lock(f.lock)()
+	return c.finish(ctx, f)
+}
+
+// SweepAsRun sweeps as Run does, and waits.
+func (c *Control) SweepAsRun(ctx context.Context) {
+	c.sweep()
+	c.sweepRows(ctx)
+	c.sweeping.Wait()
+}
