@@ -241,6 +241,7 @@ var goodBodies = []struct {
 	{apiRoute{"POST", "/locks/{id}/RemoveKey"}, `{"keyUuid":"k"}`, http.StatusOK},
 	{apiRoute{"POST", "/locks/{id}/OpenLock"}, `{"reason":"r"}`, http.StatusBadGateway}, // no device
 	{apiRoute{"POST", "/admin/organizations"}, `{"id":"beta"}`, http.StatusCreated},
+	{apiRoute{"POST", "/admin/tokens/revoke"}, `{"jti":"j"}`, http.StatusOK},
 	{apiRoute{"POST", "/admin/organizations/{org}/open-expiry"}, `{"openExpirySeconds":9}`, http.StatusOK},
 	{apiRoute{"POST", "/admin/organizations/{org}/keys"}, `{"name":"n"}`, http.StatusCreated},
 	{apiRoute{"POST", "/admin/organizations/{org}/clients"}, `{"name":"n"}`, http.StatusCreated},
@@ -250,7 +251,7 @@ var goodBodies = []struct {
 
 // bodiless are the POST routes that read no JSON.
 var bodiless = []string{
-	"/oauth/token", "/admin/users/{user}/suspend", "/admin/users/{user}/reactivate", "/admin/tokens/{jti}/revoke",
+	"/oauth/token", "/admin/users/{user}/suspend", "/admin/users/{user}/reactivate",
 }
 
 // corruptions make a body that must be refused out of one that is good.

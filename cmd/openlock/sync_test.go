@@ -80,11 +80,7 @@ func lockAndKey(t *testing.T, data, identity string) (key string) {
 	if key, _, err = f.registry.Create(t.Context(), auth.NewCredential{Kind: store.APIKey, Org: "acme"}); err != nil {
 		t.Fatal(err)
 	}
-	ca, err := f.ca()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := errors.Join(ca.Enroll("lock-1", identity), f.db.Close()); err != nil {
+	if err := errors.Join(f.enroll(t.Context(), 1, identity), f.db.Close()); err != nil {
 		t.Fatal(err)
 	}
 	return key

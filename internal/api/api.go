@@ -161,13 +161,13 @@ func (s *Server) logged(c *call, r route) {
 // admit finds out who is calling and what about, as far as the route wants to
 // know.
 func (s *Server) admit(c *call, r route) (err error) {
-	if r.who == anybody {
-		return nil
-	}
 	for _, name := range []string{"X-Org-Id", "X-User-Id"} {
 		if len(c.r.Header.Values(name)) > 0 {
 			return fail(http.StatusBadRequest, "do not send %s: who you are comes from your credentials alone", name)
 		}
+	}
+	if r.who == anybody {
+		return nil
 	}
 	if c.by, err = s.who.Request(c.r); err != nil {
 		return err

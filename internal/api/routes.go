@@ -51,6 +51,6 @@ func (s *Server) routes() []route {
 		{"DELETE", "/admin/organizations/{org}/clients/{credential}", operator, (*Server).revokeClient},
 		{"POST", "/admin/users/{user}/suspend", operator, (*Server).suspendUser},
 		{"POST", "/admin/users/{user}/reactivate", operator, (*Server).reactivateUser},
-		{"POST", "/admin/tokens/{jti}/revoke", operator, (*Server).revokeToken},
+		{"POST", "/admin/tokens/revoke", operator, (*Server).revokeToken},
 	}
 }

@@ -56,7 +56,12 @@ type flight struct {
 // ErrTooMany, and ErrNotSent together with an answer that names the event and
 // how the command ended: that command can no longer open the door.
 func (c *Control) Open(ctx context.Context, r Request, o OpenRequest) (Answer, error) {
-	c.awaitRoom(ctx, r.Lock)
+	if c.crowding(r.Lock) != nil {
+		if _, err := c.Lock(ctx, r.By, r.Lock, access.Open); err != nil {
+			return Answer{}, err // who may not open need not wait
+		}
+		c.awaitRoom(ctx, r.Lock)
+	}
 	ctx = context.WithoutCancel(ctx) // who goes away does not cancel a command
 	defer c.locks.Lock(r.Lock)()
 	return again(func() (Answer, error) { return c.open(ctx, r, o) })
