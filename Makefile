@@ -1,6 +1,6 @@
 # The tests use clients in other languages; .ci/deps installs what is missing.
 
-.PHONY: build test race lint fmt vet vuln demo ci
+.PHONY: build test race mutants lint fmt vet vuln demo ci
 
 # One static binary without cgo, so that it runs wherever it is copied to.
 build:
@@ -13,6 +13,10 @@ test:
 race:
 	@.ci/deps race
 	CGO_ENABLED=1 go test -race ./...
+
+# Breaks copies of openlock on purpose, to see that the tests notice.
+mutants:
+	go test -tags mutants -count=1 -v -timeout 30m ./internal/mutants
 
 lint: .bin/golangci-lint
 	.bin/golangci-lint run
