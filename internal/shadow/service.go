@@ -120,17 +120,10 @@ func (s *Service) do(ctx context.Context, from string, a Address, op Operation, 
 }
 
 func (s *Service) get(ctx context.Context, a Address, payload []byte) error {
-	token, err := ParseRequest(payload)
-	if err != nil {
-		return err
-	}
 	defer s.things.Lock(a.Thing)()
-	doc, err := s.load(ctx, a)
+	doc, token, err := s.existing(ctx, a, payload)
 	if err != nil {
 		return err
-	}
-	if !doc.Exists() {
-		return notFound(a).For(token)
 	}
 	s.tell(a, "get/accepted", doc, func(d Document) ([]byte, bool) {
 		return d.GetAccepted(token, s.clock.Wall()), true
@@ -139,17 +132,10 @@ func (s *Service) get(ctx context.Context, a Address, payload []byte) error {
 }
 
 func (s *Service) delete(ctx context.Context, a Address, payload []byte) error {
-	token, err := ParseRequest(payload)
-	if err != nil {
-		return err
-	}
 	defer s.things.Lock(a.Thing)()
-	doc, err := s.load(ctx, a)
+	doc, token, err := s.existing(ctx, a, payload)
 	if err != nil {
 		return err
-	}
-	if !doc.Exists() {
-		return notFound(a).For(token)
 	}
 	gone := doc.Delete()
 	if err := s.docs.SaveShadows(ctx, row(a, gone)); err != nil {
@@ -157,6 +143,18 @@ func (s *Service) delete(ctx context.Context, a Address, payload []byte) error {
 	}
 	s.bus.Publish(a.Topic("delete/accepted"), DeleteAccepted(gone, token, s.clock.Wall()))
 	return nil
+}
+
+// existing finds the shadow that a get or delete is about. The caller holds the
+// thing.
+func (s *Service) existing(ctx context.Context, a Address, payload []byte) (doc Document, token string, err error) {
+	if token, err = ParseRequest(payload); err != nil {
+		return doc, token, err
+	}
+	if doc, err = s.load(ctx, a); err == nil && !doc.Exists() {
+		err = notFound(a).For(token)
+	}
+	return doc, token, err
 }
 
 func (s *Service) update(ctx context.Context, from string, a Address, payload []byte) error {
