@@ -51,11 +51,11 @@ func serve(ctx context.Context, cmd *cli.Command) error {
 		}
 		cfg.issuers = append(cfg.issuers, i)
 	}
-	s, err := start(ctx, cfg)
+	s, err := start(context.WithoutCancel(ctx), cfg)
 	if err != nil {
 		return err
 	}
-	// A signal that comes now stops the server in good order, like any later one.
+	// A signal that has come or comes now stops the server in good order, like any later one.
 	err = s.announce(context.WithoutCancel(ctx), cmd.Root().Writer)
 	if err == nil {
 		err = s.wait(ctx)
