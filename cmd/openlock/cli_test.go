@@ -575,8 +575,8 @@ func TestDescriptorsRunOut(t *testing.T) {
 	cmd := exec.Command("sh", append([]string{"-c", fmt.Sprintf(`ulimit -n %d; exec "$0" "$@"`, limit), binary(t)}, serveFlags(data)...)...)
 	s := announced(t, cmd)
 	s.await(s.stdout, fmt.Sprintf(`\n  missing  open files: only %d are allowed.*ulimit -n`, limit))
-	if n := held(t, s.cmd.Process.Pid, store.File); n < 5 {
-		t.Errorf("%d descriptors of the database are held from the start, not one for the writer and each of four readers", n)
+	if n := held(t, s.cmd.Process.Pid, store.File); n < 7 {
+		t.Errorf("%d descriptors of the database are held from the start, not one for the writer and each of six readers", n)
 	}
 	d := s.door(t, 5, data, key)
 	opens := func() {

@@ -12,6 +12,7 @@ import (
 	"path"
 	"runtime/debug"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/openlock/openlock/internal/auth"
@@ -33,8 +34,16 @@ type Server struct {
 	log      *slog.Logger
 	version  string
 	closing  context.Context // done when waiting requests should be answered
+	reads    chan struct{}   // slots of GET requests at work
 	mux      *http.ServeMux
 }
+
+// Under overload reads give way to opens: so many are at work at a time, fewer
+// than the database has readers, and the others wait, but not for long.
+const (
+	readsAtWork = 3
+	readWithin  = 2 * time.Second
+)
 
 // Config is what a Server works with.
 type Config struct {
@@ -54,7 +63,8 @@ type Config struct {
 func New(c Config) (*Server, error) {
 	s := &Server{
 		control: c.Control, who: c.Who, builtin: c.BuiltIn, registry: c.Registry, db: c.DB,
-		clock: c.Clock, log: c.Log, version: c.Version, closing: c.Closing, mux: http.NewServeMux(),
+		clock: c.Clock, log: c.Log, version: c.Version, closing: c.Closing,
+		reads: make(chan struct{}, readsAtWork), mux: http.NewServeMux(),
 	}
 	served := map[string]bool{}
 	for _, r := range s.routes() {
@@ -96,6 +106,7 @@ type call struct {
 	received    clock.Deadline
 	status      int
 	fingerprint []byte // of method, path and body, once the body was read
+	done        func() // the work is done, and what is left is to tell the caller
 }
 
 // ServeHTTP implements http.Handler.
@@ -135,6 +146,10 @@ func (s *Server) handler(r route) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
 		c := &call{w: w, r: req, received: s.clock.In(0)}
 		defer s.logged(c, r)
+		if err := s.enter(c, r); err != nil {
+			s.refuse(c, err)
+			return
+		}
 		if err := s.admit(c, r); err != nil {
 			s.refuse(c, err)
 			return
@@ -143,6 +158,25 @@ func (s *Server) handler(r route) http.Handler {
 			s.refuse(c, err)
 		}
 	})
+}
+
+// enter gives a GET its turn. Commands need none: they have room of their own.
+func (s *Server) enter(c *call, r route) error {
+	if r.method != http.MethodGet {
+		return nil
+	}
+	tooLong := time.NewTimer(readWithin)
+	defer tooLong.Stop()
+	select {
+	case s.reads <- struct{}{}:
+		c.done = sync.OnceFunc(func() { <-s.reads })
+		return nil
+	case <-tooLong.C:
+	case <-c.r.Context().Done():
+	}
+	p := fail(http.StatusServiceUnavailable, "the server is busy; try again in a second")
+	p.retryAfter = "1"
+	return p
 }
 
 // logged writes the request's line: its route rather than its path, which may
@@ -235,6 +269,9 @@ func (c *call) raw(status int, contentType string, body []byte) {
 		h.Set("Cache-Control", "no-store")
 	}
 	c.status = status
+	if c.done != nil {
+		c.done() // a caller who reads slowly holds up nobody
+	}
 	c.w.WriteHeader(status)
 	_, _ = c.w.Write(body) // who went away does not hear
 }

@@ -82,8 +82,8 @@ func Open(ctx context.Context, folder string) (*DB, error) {
 	return &DB{write: write, read: read, writer: w}, nil
 }
 
-// readers is how many connections read.
-const readers = 4
+// readers is how many connections read: more than the API lets GET requests use.
+const readers = 6
 
 // reserve opens connections before they are needed: when the process runs out
 // of file descriptors, what it has still works.
