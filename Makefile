@@ -1,6 +1,6 @@
 # The tests use clients in other languages; .ci/deps installs what is missing.
 
-.PHONY: build test race mutants lint fmt vet vuln demo ci
+.PHONY: build test race mutants soak lint fmt vet vuln demo ci
 
 # One static binary without cgo, so that it runs wherever it is copied to.
 build:
@@ -17,6 +17,11 @@ race:
 # Breaks copies of openlock on purpose, to see that the tests notice.
 mutants:
 	go test -tags mutants -count=1 -v -timeout 30m ./internal/mutants
+
+# Simulates the cloud, its devices and their network with ever new seeds.
+SOAK ?= 1h
+soak:
+	OPENLOCK_SOAK=$(SOAK) go test -v -run Simulation -timeout 0 ./internal/control
 
 lint: .bin/golangci-lint
 	.bin/golangci-lint run

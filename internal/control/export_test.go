@@ -7,8 +7,8 @@ import (
 )
 
 // Sweep ends everything whose time is over, oldest first, before it returns.
-// What finish does in goroutines of its own in sweep happens on the caller's
-// here, so that a simulation can replay it, and die in the middle of it.
+// It is sweep on the caller's goroutine, so that a simulation can replay it, and
+// die in the middle of it.
 func (c *Control) Sweep(ctx context.Context) error {
 	due := c.due()
 	slices.SortFunc(due, func(a, b *flight) int { return cmp.Compare(a.id, b.id) })
@@ -23,11 +23,4 @@ func (c *Control) Sweep(ctx context.Context) error {
 func (c *Control) finishLocked(ctx context.Context, f *flight) error {
 	defer c.locks.Lock(f.lock)()
 	return c.finish(ctx, f)
-}
-
-// SweepAsRun sweeps as Run does, and waits.
-func (c *Control) SweepAsRun(ctx context.Context) {
-	c.sweep()
-	c.sweepRows(ctx)
-	c.sweeping.Wait()
 }

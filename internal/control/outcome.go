@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -94,8 +96,8 @@ func (c *Control) Recover(ctx context.Context) (ended int, err error) {
 		byLock[lock.ID(r.Lock)] = append(byLock[lock.ID(r.Lock)], lock.CommandID(r.ID))
 	}
 	var all store.Change
-	for id, commands := range byLock {
-		part, err := c.abandon(ctx, id, commands)
+	for _, id := range slices.Sorted(maps.Keys(byLock)) { // so that the log tells it the same way each time
+		part, err := c.abandon(ctx, id, byLock[id])
 		if err != nil {
 			return 0, fmt.Errorf("close unfinished commands of lock %s: %w", id, err)
 		}

@@ -19,6 +19,7 @@ type door struct {
 	link   *link         // the last connection, nil before the first
 	offset time.Duration // of the device's wall clock from true time
 	lost   bool          // the wall clock is known to mean nothing
+	slow   time.Duration // until the bolt is ready, at most
 	tokens int
 
 	// What a reboot leaves.
@@ -191,8 +192,7 @@ func (d *door) advance() {
 
 func (d *door) prepare() {
 	if !d.bolt.preparing {
-		slow := []time.Duration{0, 0, 0, 300, 2000, 8000, 9900, 14000}
-		d.bolt = bolt{true, d.s.now + slow[d.s.rng.IntN(len(slow))]*time.Millisecond}
+		d.bolt = bolt{true, d.s.now + time.Duration(d.s.rng.Int64N(d.slow.Milliseconds()+1))*time.Millisecond}
 	}
 }
 

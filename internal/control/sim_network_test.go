@@ -54,6 +54,9 @@ func (b bus) Publish(topic string, payload []byte) {
 	if id := shownCommand(topic, payload); id != "" {
 		b.fail("command %s was published without a deadline on %s", id, topic)
 	}
+	if suffix(topic) == "update/documents" {
+		return // no device subscribes to it
+	}
 	if l := b.session(strings.Split(topic, "/")[2]); l != nil && b.rng.IntN(20) > 0 {
 		l.held = append(l.held, &packet{topic: topic, payload: payload})
 	}
@@ -63,9 +66,15 @@ func (b bus) Command(thing, topic string, payload []byte, until clock.Deadline, 
 	b.touch("Command")
 	l := b.session(thing)
 	if l == nil || b.rng.IntN(25) == 0 {
+		if b.rng.IntN(4) == 0 {
+			b.fillDisk(true) // so that taking the command back cannot be recorded either
+		}
 		return shadow.ErrOffline
 	}
 	b.checkShown(thing, topic, payload)
+	if c := b.commands[shownCommand(topic, payload)]; c != nil {
+		c.accepted = true
+	}
 	l.held = append(l.held, &packet{topic: topic, payload: payload, until: &until, acked: acked})
 	b.touch("Command, accepted")
 	return nil
@@ -163,11 +172,13 @@ func (s *sim) connect(d *door) {
 // saved and after.
 type storage struct{ *sim }
 
-func (b storage) LoadShadow(ctx ctxt, a shadow.Address) ([]byte, error) { return b.db.LoadShadow(ctx, a) }
+func (b storage) LoadShadow(ctx ctxt, a shadow.Address) ([]byte, error) {
+	return b.db.LoadShadow(ctx, a)
+}
 
 func (b storage) SaveShadows(ctx ctxt, rows ...shadow.Row) error {
 	b.touch("SaveShadows")
-	if b.rng.IntN(200) == 0 {
+	if b.full {
 		return errors.New("simulated: the disk is full")
 	}
 	err := b.db.SaveShadows(ctx, rows...)

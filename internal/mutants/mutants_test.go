@@ -66,6 +66,21 @@ var mutants = []mutant{
 		"./cmd/openlock", "TestARepeatIsTheSameCommand|TestConcurrentRepeatsAreOneCommand",
 	},
 	{
+		"the window of a requestId by the wall clock", "internal/control/repeat.go",
+		"c.clock.Steady().Sub(cmd.EndedAt) < c.settings.Window", "c.clock.Wall().Sub(cmd.EndedAt) < c.settings.Window",
+		"./internal/control", "Simulation",
+	},
+	{
+		"recovery sends again", "internal/control/outcome.go",
+		"			g.Drop() // nobody is connected yet\n", "			_ = g.Send()\n			if again, err := c.shadows.Stage(ctx, state.ThingName, shadow.Command{ID: string(cmd), IssuedAt: c.clock.Wall(), Until: c.clock.In(c.settings.Expiry)}); err == nil {\n				_ = again.Send()\n			}\n",
+		"./internal/control", "Simulation",
+	},
+	{
+		"a command is withdrawn from nobody", "internal/control/control.go",
+		"		if access.Stands(access.Right(open.Right), facts) {\n", "		if true {\n",
+		"./internal/control", "Simulation",
+	},
+	{
 		"a newer command is cleared with an older one", "internal/shadow/command.go",
 		"!ok || commandID(raw) != id {", "!ok || len(raw) == 0 {",
 		"./internal/shadow", "TestWithdrawLeavesANewerCommandAlone",
