@@ -265,17 +265,20 @@ func (db *DB) RevokeCertificates(ctx context.Context, thing string, now time.Tim
 
 // RevokedCertificates are the serial numbers of all revoked certificates.
 func (db *DB) RevokedCertificates(ctx context.Context) (map[string]bool, error) {
+	serials, err := db.revokedSerials(ctx)
+	all := map[string]bool{}
+	for _, s := range serials {
+		all[s] = true
+	}
+	return all, err
+}
+
+func (db *DB) revokedSerials(ctx context.Context) ([]string, error) {
 	rows, err := db.query(ctx, `SELECT serial FROM certificates WHERE revoked_at IS NOT NULL`)
 	if err != nil {
 		return nil, err
 	}
-	all := map[string]bool{}
-	_, err = scan(rows, func(serial *string) error {
-		err := rows.Scan(serial)
-		all[*serial] = true
-		return err
-	})
-	return all, err
+	return scan(rows, func(serial *string) error { return rows.Scan(serial) })
 }
 
 func nullable(t time.Time) any {
