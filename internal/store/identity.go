@@ -264,21 +264,21 @@ func (db *DB) RevokeCertificates(ctx context.Context, thing string, now time.Tim
 }
 
 // RevokedCertificates are the serial numbers of all revoked certificates.
-func (db *DB) RevokedCertificates(ctx context.Context) (map[string]bool, error) {
-	serials, err := db.revokedSerials(ctx)
-	all := map[string]bool{}
-	for _, s := range serials {
-		all[s] = true
-	}
-	return all, err
-}
-
-func (db *DB) revokedSerials(ctx context.Context) ([]string, error) {
+func (db *DB) RevokedCertificates(ctx context.Context) (revoked map[string]bool, err error) {
 	rows, err := db.query(ctx, `SELECT serial FROM certificates WHERE revoked_at IS NOT NULL`)
 	if err != nil {
 		return nil, err
 	}
-	return scan(rows, func(serial *string) error { return rows.Scan(serial) })
+	defer func() { err = errors.Join(err, rows.Close()) }()
+	revoked = map[string]bool{}
+	for rows.Next() {
+		var serial string
+		if err := rows.Scan(&serial); err != nil {
+			return nil, err
+		}
+		revoked[serial] = true
+	}
+	return revoked, rows.Err()
 }
 
 func nullable(t time.Time) any {
