@@ -50,6 +50,7 @@ type server struct {
 	http    net.Listener
 	mqtt    net.Listener
 	web     *http.Server
+	silent  silent
 	closing context.CancelFunc // answers waiting requests
 	unlock  func()
 	work    sync.WaitGroup
@@ -285,7 +286,9 @@ func (s *server) serve(ctx context.Context, shadows *shadow.Service) error {
 		IdleTimeout:       2 * time.Minute,
 		MaxHeaderBytes:    32 << 10,
 		ErrorLog:          slog.NewLogLogger(s.config.log.Handler(), slog.LevelWarn),
+		ConnState:         s.silent.note,
 	}
+	s.web.RegisterOnShutdown(s.silent.hangUp)
 	s.work.Go(func() {
 		if err := s.web.Serve(s.http); !errors.Is(err, http.ErrServerClosed) {
 			s.config.log.Error("HTTP stopped", "error", err)
@@ -294,6 +297,34 @@ func (s *server) serve(ctx context.Context, shadows *shadow.Service) error {
 	s.work.Go(func() { s.control.Run(life) })
 	s.work.Go(func() { s.keepHouse(life, who) })
 	return nil
+}
+
+// silent are the connections on which nothing was said yet. net/http would wait
+// 5 s for them before it shuts down; browsers and pools keep some in reserve.
+type silent struct {
+	mu    sync.Mutex
+	conns map[net.Conn]bool
+}
+
+func (s *silent) note(c net.Conn, state http.ConnState) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.conns == nil {
+		s.conns = map[net.Conn]bool{}
+	}
+	if state == http.StateNew {
+		s.conns[c] = true
+	} else {
+		delete(s.conns, c)
+	}
+}
+
+func (s *silent) hangUp() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for c := range s.conns {
+		_ = c.Close()
+	}
 }
 
 // houseEvery is how often what can wait is written down.
