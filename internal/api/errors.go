@@ -16,7 +16,7 @@ import (
 // every JSON endpoint.
 type problem struct {
 	Success bool     `json:"success"` // always false
-	Error_  string   `json:"error"`   // short, stable name
+	Name    string   `json:"error"`   // short, stable name
 	Message string   `json:"message"` // what to do
 	Code    int      `json:"code"`    // the HTTP status
 	Errors  []detail `json:"errors"`
@@ -37,7 +37,7 @@ type detail struct {
 	Message string `json:"message"`
 }
 
-func (p *problem) Error() string { return p.Error_ + ": " + p.Message }
+func (p *problem) Error() string { return p.Name + ": " + p.Message }
 
 // wording of the reference page; messages start with it.
 var wording = map[int]string{
@@ -49,9 +49,9 @@ var wording = map[int]string{
 
 // fail makes a problem. The reference page names a 502 just "Error".
 func fail(status int, format string, args ...any) *problem {
-	p := &problem{Error_: http.StatusText(status), Code: status, Message: fmt.Sprintf(format, args...)}
+	p := &problem{Name: http.StatusText(status), Code: status, Message: fmt.Sprintf(format, args...)}
 	if status == http.StatusBadGateway {
-		p.Error_ = "Error"
+		p.Name = "Error"
 	}
 	if w := wording[status]; w != "" && p.Message != "" {
 		p.Message = w + ": " + p.Message

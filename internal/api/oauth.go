@@ -18,7 +18,7 @@ const serviceTokenLife = time.Hour
 // oauthFail is an error of the token endpoint: RFC 6749 section 5.2 within the
 // one error body.
 func oauthFail(status int, name, message string) *problem {
-	return &problem{Error_: name, Code: status, Message: message, Description: message}
+	return &problem{Name: name, Code: status, Message: message, Description: message}
 }
 
 // oauthToken gives a B2B service a token for its client credentials (RFC 6749
