@@ -3,7 +3,6 @@ package broker
 import (
 	"bytes"
 	"io"
-	"slices"
 	"sync"
 	"time"
 
@@ -242,7 +241,7 @@ func (o *outbox) shut() {
 func (o *outbox) end(last *packets.Packet) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	holds := slices.ContainsFunc(values(o.unacked), func(m *message) bool { return m.until != nil })
+	holds := o.earliest() != nil
 	if last != nil && !o.closed && !holds {
 		o.waiting = nil
 		o.answers = append(o.answers, *last)
@@ -257,13 +256,6 @@ func (o *outbox) end(last *packets.Packet) {
 	} else {
 		_ = o.wire.Close()
 	}
-}
-
-func values(m map[uint16]*message) (all []*message) {
-	for _, v := range m {
-		all = append(all, v)
-	}
-	return all
 }
 
 // encode writes the packets that a server sends.

@@ -19,8 +19,3 @@ func (c *Control) Sweep(ctx context.Context) error {
 	}
 	return nil
 }
-
-func (c *Control) finishLocked(ctx context.Context, f *flight) error {
-	defer c.locks.Lock(f.lock)()
-	return c.finish(ctx, f)
-}

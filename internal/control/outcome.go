@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"maps"
 	"slices"
-	"sync/atomic"
 	"time"
 
 	"github.com/openlock/openlock/internal/event"
@@ -175,31 +174,35 @@ func (c *Control) Run(ctx context.Context) {
 // other.
 func (c *Control) sweep() {
 	for _, f := range c.due() {
-		c.inTurn(func() {
-			defer f.ending.Store(false)
-			defer c.locks.Lock(f.lock)()
-			if err := c.finish(context.Background(), f); err != nil { // tried again; nobody is shown it meanwhile
-				c.log.Error("a command could not be closed yet", "command", f.id, "lock", f.lock, "error", err)
-			}
-		}, &f.ending)
+		c.finishInTurn(f)
 	}
 }
 
-// inTurn runs something in the background unless it runs already or enough
-// does.
-func (c *Control) inTurn(do func(), running *atomic.Bool) {
-	if !running.CompareAndSwap(false, true) {
+// finishInTurn ends a command in the background, unless that is under way or
+// enough else is. What does not succeed is tried at the next sweep; nobody is
+// shown the command meanwhile.
+func (c *Control) finishInTurn(f *flight) {
+	if !f.ending.CompareAndSwap(false, true) {
 		return
 	}
 	select {
 	case c.turns <- struct{}{}:
 		c.sweeping.Go(func() {
 			defer func() { <-c.turns }()
-			do()
+			defer f.ending.Store(false)
+			if err := c.finishLocked(context.Background(), f); err != nil {
+				c.log.Error("a command could not be closed yet", "command", f.id, "lock", f.lock, "error", err)
+			}
 		})
-	default: // at the next sweep
-		running.Store(false)
+	default:
+		f.ending.Store(false)
 	}
+}
+
+// finishLocked is finish for who does not hold the lock.
+func (c *Control) finishLocked(ctx context.Context, f *flight) error {
+	defer c.locks.Lock(f.lock)()
+	return c.finish(ctx, f)
 }
 
 func (c *Control) due() (due []*flight) {
@@ -226,12 +229,7 @@ func (c *Control) sweepRows(ctx context.Context) {
 	for _, r := range rows {
 		id, cmd := lock.ID(r.Lock), lock.CommandID(r.ID)
 		if r.ExpiresAt.Before(overdue) && c.flight(id, cmd) == nil {
-			c.inTurn(func() {
-				defer c.locks.Lock(id)()
-				if err := c.finish(context.Background(), &flight{id: cmd, lock: id}); err != nil {
-					c.log.Error("an overdue command could not be closed yet", "command", cmd, "lock", id, "error", err)
-				}
-			}, new(atomic.Bool))
+			c.finishInTurn(&flight{id: cmd, lock: id})
 		}
 	}
 }
